@@ -1,0 +1,123 @@
+"""Properties that hold for whatever is put in."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from t2i.clip import Vocabulary
+from t2i.core import from_uint8, make_generators, randn, to_uint8
+from t2i.data import Standardizer, merge_moments, moments
+from t2i.diffusion import SCHEDULES, Diffusion
+from t2i.train import batch_indices, learning_rate_factor
+
+seeds = st.integers(0, 2**31)
+few = settings(max_examples=25, deadline=None)
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(20, 1000))
+@few
+def test_schedules(schedule, timesteps):
+    d = Diffusion(schedule, timesteps)
+    assert d.alphas_cumprod.dtype == torch.float64 and len(d.betas) == timesteps
+    assert ((d.betas > 0) & (d.betas < 1)).all()
+    assert (d.alphas_cumprod.diff() < 0).all() and d.alphas_cumprod[0] < 1 and d.alphas_cumprod[-1] > 0
+    assert (d.posterior_variance <= d.betas).all() and d.log_posterior_variance.isfinite().all()
+
+
+@given(st.integers(2, 400), st.data())
+@few
+def test_respace(timesteps, data):
+    d = Diffusion('cosine', timesteps)
+    steps = data.draw(st.integers(1, timesteps))
+    r = d.respace(steps)
+    assert r.timesteps == steps and r.timestep_map[-1] == timesteps - 1 and (r.timestep_map.diff() > 0).all()
+    torch.testing.assert_close(r.alphas_cumprod, d.alphas_cumprod[r.timestep_map], rtol=0, atol=0)
+    torch.testing.assert_close((1 - r.betas).cumprod(0), r.alphas_cumprod)
+    again = r.respace(data.draw(st.integers(1, steps)))  # a subset of a subset points to the original timesteps
+    torch.testing.assert_close(again.alphas_cumprod, d.alphas_cumprod[again.timestep_map], rtol=0, atol=0)
+
+
+@given(st.integers(1, 1000), st.sampled_from(['eps', 'v']), seeds)
+@few
+def test_maps_between_what_a_network_may_predict(t, target, seed):
+    d, g = Diffusion('cosine', 1000, target), torch.Generator().manual_seed(seed)
+    x_0, eps, t = torch.randn(2, 3, 4, 4, generator=g).double(), torch.randn(2, 3, 4, 4, generator=g).double(), torch.tensor([t - 1, t - 1])
+    x_t = d.q_sample(x_0, t, eps)
+    v = d.velocity(x_0, t, eps)
+    for found, expected in [(d.eps_from_x0(x_t, t, x_0), eps), (d.x0_from_eps(x_t, t, eps), x_0), (d.eps_from_v(x_t, t, v), eps),
+                            (d.x0_from_v(x_t, t, v), x_0), (d.eps_from_mean(x_t, t, d.mean_from_eps(x_t, t, eps)), eps)]:
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@given(seeds, st.integers(1, 6), st.integers(0, 6))
+@few
+def test_more_pictures_do_not_change_the_noise_of_the_first(seed, n, more):
+    few_, many = (randn((3,), make_generators(seed, k)) for k in (n, n + more))
+    assert torch.equal(few_, many[:n])
+    assert len(set(many[:, 0].tolist())) == n + more
+
+
+@given(seeds)
+@few
+def test_images_survive_the_way_to_floats_and_back(seed):
+    images = np.random.default_rng(seed).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    x = from_uint8(images)
+    assert x.shape == (2, 3, 5, 7) and -1 <= x.min() and x.max() <= 1
+    assert (to_uint8(x) == images).all()
+    assert (to_uint8(x*1000) == np.where(images > 127, 255, 0)).all()  # what is out of range is clipped
+
+
+@given(seeds, st.integers(1, 30), st.integers(1, 30), st.floats(-1e3, 1e3))
+@few
+def test_moments_of_parts_are_those_of_the_whole(seed, n, m, shift):
+    x = torch.randn(n + m, 4, generator=torch.Generator().manual_seed(seed)).double() + shift
+    (count, mean, squares), whole = merge_moments(moments(x[:n]), moments(x[n:])), moments(x)
+    assert count == n + m
+    torch.testing.assert_close(mean, whole[1])
+    torch.testing.assert_close(squares, whole[2], rtol=1e-6, atol=1e-8)
+
+
+@given(seeds)
+@few
+def test_standardising_is_undone(seed):
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))*3 + 2
+    s = Standardizer(x.mean(0), x.std(0))
+    torch.testing.assert_close(s.restore(s.standardize(x)), x)
+    torch.testing.assert_close(s.standardize(x).mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 4), seeds)
+@few
+def test_batches_go_through_all_examples_again_and_again(n, batch_size, epochs, seed):
+    steps = math.ceil(epochs*n/batch_size)
+    seen = torch.cat([batch_indices(n, batch_size, step, seed) for step in range(steps)])
+    assert len(seen) == steps*batch_size
+    for epoch in seen[:epochs*n].split(n): assert sorted(epoch.tolist()) == list(range(n))
+
+
+@given(st.integers(0, 1000), st.sampled_from(['linear', 'cosine', 'constant']), st.integers(0, 200))
+@few
+def test_learning_rate_stays_between_nothing_and_all(step, decay, warmup):
+    assert 0 <= learning_rate_factor(step, step/1000, warmup, decay) <= 1
+
+
+@pytest.fixture(scope='module')
+def vocabulary(): return Vocabulary.of(['a red apple, noto style'], 16)
+
+
+def test_known_and_unknown_pieces(vocabulary):
+    @given(st.text(max_size=60))
+    @few
+    def holds(caption):
+        import warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            ids = vocabulary([caption])
+        assert ids.shape == (1, 16) and ids.min() >= 0 and ids.max() == vocabulary.end == len(vocabulary) - 1
+        end = ids[0].argmax()
+        assert ids[0, 0] == vocabulary.start and (ids[0, end + 1:] == vocabulary.padding).all() and (ids[0, 1:end] != vocabulary.padding).all()
+    holds()
+    assert vocabulary.unknown not in vocabulary(['a red apple, noto style'])
+    assert (vocabulary(['a xylophone'])[0] == vocabulary.unknown).any()
