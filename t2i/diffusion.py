@@ -35,7 +35,7 @@ def cosine_schedule(
 
 SCHEDULES = {'linear': linear_schedule, 'cosine': cosine_schedule}
 
-# %% ../nbs/02_diffusion.ipynb #42052e8d
+# %% ../nbs/02_diffusion.ipynb #eff133f9
 class Diffusion:
     """The forward process of chapter 3.1, the reverse process that undoes it, and the losses that teach it.
 
@@ -46,11 +46,11 @@ class Diffusion:
         self,
         schedule: str = 'cosine',  # 'cosine' or 'linear'
         timesteps: int = 1000,  # T, the number of noising steps
-        target: str = 'eps',  # what a network predicts: the noise 'eps', or the 'v' of Salimans & Ho (2022)
+        target: str = 'eps',  # what a network predicts: the noise 'eps', the 'v' of Salimans & Ho (2022), or the image 'x0'
         vlb_weight: float = 1e-3,  # λ of (3.17)
     ):
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
-        if target not in ('eps', 'v'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps' or 'v'")
+        if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
         if not isinstance(timesteps, int) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
         self.target, self.vlb_weight, self.trained_timesteps = target, vlb_weight, timesteps
         self._tabulate((1 - SCHEDULES[schedule](timesteps)).cumprod(0), torch.arange(timesteps))
@@ -188,7 +188,7 @@ class PerfectDenoiser:
         log_variance = step_variance.clamp(min=1e-12).log()  # at t = 0 nothing is uncertain any more
         return d.eps_from_x0(x, t, x_0).reshape(x_t.shape).to(x_t.dtype), log_variance.reshape(x_t.shape).to(x_t.dtype)
 
-# %% ../nbs/02_diffusion.ipynb #b7579da0
+# %% ../nbs/02_diffusion.ipynb #ebe2b461
 @patch
 def log_variance(self: Diffusion, output: Tensor, t: Tensor) -> Tensor:
     "log Σ_θ (3.7) from a network's variance channels, in which -1 means β̃_t and 1 means β_t."
@@ -207,7 +207,7 @@ def interpret(
     if output.shape[1] not in (channels, 2*channels):
         raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
     target, variance = output[:, :channels], output[:, channels:]
-    eps = target if self.target == 'eps' else self.eps_from_v(x_t, t, target)
+    eps = {'eps': lambda: target, 'v': lambda: self.eps_from_v(x_t, t, target), 'x0': lambda: self.eps_from_x0(x_t, t, target)}[self.target]()
     return eps, self.log_variance(variance, t) if variance.shape[1] else self.at('log_posterior_variance', t, x_t).expand_as(x_t)
 
 @patch
@@ -289,7 +289,7 @@ def bits_per_dimension(
     vlb, prior = torch.stack(vlb, 1), self.prior_bits(x_0)
     return {'total': vlb.sum(1) + prior, 'vlb': vlb, 'prior': prior, 'mse': torch.stack(mse, 1)}
 
-# %% ../nbs/02_diffusion.ipynb #eca52254
+# %% ../nbs/02_diffusion.ipynb #1620115b
 @patch
 def training_losses(
     self: Diffusion,
@@ -303,14 +303,14 @@ def training_losses(
     "L_hybrid (3.17) of each image and its two parts, the squared error (3.15) and one term of the bound."
     x_t, channels = self.q_sample(x_0, t, noise), x_0.shape[1]
     output = model(x_t, self.network_timesteps(t), **(model_kwargs or {})).to(x_0.dtype)
-    target = noise if self.target == 'eps' else self.velocity(x_0, t, noise)
+    target = {'eps': noise, 'v': self.velocity(x_0, t, noise), 'x0': x_0}[self.target]
     simple = mean_flat((output[:, :channels] - target)**2)
     frozen_mean = torch.cat([output[:, :channels].detach(), output[:, channels:]], 1)
     vlb = self.vlb_terms(*self.interpret(frozen_mean, x_t, t), x_0, x_t, t)
     loss = simple
     if min_snr_gamma is not None:
         snr = self.at('snr', t, simple)
-        loss = loss*snr.clamp(max=min_snr_gamma)/(snr if self.target == 'eps' else snr + 1)
+        loss = loss*snr.clamp(max=min_snr_gamma)/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
     if output.shape[1] > channels: loss = loss + self.vlb_weight*self.timesteps*vlb
     return {'loss': loss, 'simple': simple, 'vlb': vlb}
 
