@@ -188,7 +188,7 @@ class PerfectDenoiser:
         log_variance = step_variance.clamp(min=1e-12).log()  # at t = 0 nothing is uncertain any more
         return d.eps_from_x0(x, t, x_0).reshape(x_t.shape).to(x_t.dtype), log_variance.reshape(x_t.shape).to(x_t.dtype)
 
-# %% ../nbs/02_diffusion.ipynb #ebe2b461
+# %% ../nbs/02_diffusion.ipynb #de9e57c0
 @patch
 def log_variance(self: Diffusion, output: Tensor, t: Tensor) -> Tensor:
     "log Σ_θ (3.7) from a network's variance channels, in which -1 means β̃_t and 1 means β_t."
@@ -206,8 +206,9 @@ def interpret(
     output, channels = output.to(x_t.dtype), x_t.shape[1]
     if output.shape[1] not in (channels, 2*channels):
         raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
-    target, variance = output[:, :channels], output[:, channels:]
-    eps = {'eps': lambda: target, 'v': lambda: self.eps_from_v(x_t, t, target), 'x0': lambda: self.eps_from_x0(x_t, t, target)}[self.target]()
+    eps, variance = output[:, :channels], output[:, channels:]
+    if self.target == 'v': eps = self.eps_from_v(x_t, t, eps)
+    if self.target == 'x0': eps = self.eps_from_x0(x_t, t, eps)
     return eps, self.log_variance(variance, t) if variance.shape[1] else self.at('log_posterior_variance', t, x_t).expand_as(x_t)
 
 @patch
