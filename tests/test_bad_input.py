@@ -146,6 +146,17 @@ def test_undecodable_pictures_in_training(shards, tmp_path, monkeypatch):
     assert all(key in report for key in bad)
 
 
+@pytest.mark.parametrize('stage', ['clip', 'classifier'])
+def test_undecodable_pictures_in_training_from_raw_shards(stage, shards, tmp_path, monkeypatch):
+    folder, bad = shards
+    monkeypatch.setattr(data, 'SHARDS', folder)
+    with pytest.warns(UserWarning, match='cannot be decoded and are skipped') as warned:
+        result = shell('train', stage, '--preset', 'smoke', '--out', tmp_path/'run')
+    assert result.exit_code == 0 and (tmp_path/'run'/stage/'weights.safetensors').exists(), result.output
+    said = ' '.join(str(w.message) for w in warned)
+    assert all(key in said for key in bad)
+
+
 def test_bytes_that_are_no_picture():
     picture = io.BytesIO()
     Image.new('RGB', (8, 8)).save(picture, 'PNG')
@@ -170,5 +181,5 @@ def test_kind_of_picture_file(tmp_path):
 
 
 def test_stage(tmp_path):
-    says(shell('train', 'decode', '--preset', 'smoke', '--out', tmp_path), 'decode', 'clip, translator, decoder')
+    says(shell('train', 'decode', '--preset', 'smoke', '--out', tmp_path), 'decode', 'clip, translator, decoder, classifier')
     says(shell('train', 'clip', '--preset', 'smoke5', '--out', tmp_path), 'smoke5')
