@@ -36,7 +36,7 @@ def make_diffusion(
     "The diffusion process that a preset's decoder is trained with."
     return Diffusion(**load_preset(preset).diffusion)
 
-# %% ../nbs/03_decoder.ipynb #63c60577
+# %% ../nbs/03_decoder.ipynb #72f431e9
 def training_draws(
     diffusion: Diffusion,
     x_0: Tensor,  # images [N, 3, H, W]
@@ -58,11 +58,10 @@ def decoder_loss(
     t: Tensor,  # LongTensor [N]
     noise: Tensor,  # ~ N(0, I), [N, 3, H, W]
     drop: Tensor,  # bool [N], whose embedding is replaced by the empty condition
-    min_snr_gamma: 'float | None' = None,  # see `Diffusion.training_losses`
 ) -> dict:  # loss, simple, vlb: means over the batch
     "The loss of one training step (Algorithm 2, lines 7 to 9)."
     y = y.masked_fill(drop[:, None], 0.)
-    losses = diffusion.training_losses(model, x_0, t, noise, {'y': y}, min_snr_gamma)
+    losses = diffusion.training_losses(model, x_0, t, noise, {'y': y})
     return {name: each.mean() for name, each in losses.items()}
 
 # %% ../nbs/03_decoder.ipynb #67bc290b

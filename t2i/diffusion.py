@@ -35,7 +35,7 @@ def cosine_schedule(
 
 SCHEDULES = {'linear': linear_schedule, 'cosine': cosine_schedule}
 
-# %% ../nbs/02_diffusion.ipynb #eff133f9
+# %% ../nbs/02_diffusion.ipynb #4e8178c1
 class Diffusion:
     """The forward process of chapter 3.1, the reverse process that undoes it, and the losses that teach it.
 
@@ -48,11 +48,13 @@ class Diffusion:
         timesteps: int = 1000,  # T, the number of noising steps
         target: str = 'eps',  # what a network predicts: the noise 'eps', the 'v' of Salimans & Ho (2022), or the image 'x0'
         vlb_weight: float = 1e-3,  # λ of (3.17)
+        snr_range: 'tuple | None' = None,  # bounds on the loss's weight on the image's error, see `training_losses`; None is the plain (3.15)
     ):
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
         if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
         if not isinstance(timesteps, int) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
-        self.target, self.vlb_weight, self.trained_timesteps = target, vlb_weight, timesteps
+        if snr_range is not None and not 0 <= snr_range[0] < snr_range[1]: raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
+        self.target, self.vlb_weight, self.snr_range, self.trained_timesteps = target, vlb_weight, snr_range, timesteps
         self._tabulate((1 - SCHEDULES[schedule](timesteps)).cumprod(0), torch.arange(timesteps))
 
     def _tabulate(self, alphas_cumprod: Tensor, timestep_map: Tensor):
@@ -290,7 +292,7 @@ def bits_per_dimension(
     vlb, prior = torch.stack(vlb, 1), self.prior_bits(x_0)
     return {'total': vlb.sum(1) + prior, 'vlb': vlb, 'prior': prior, 'mse': torch.stack(mse, 1)}
 
-# %% ../nbs/02_diffusion.ipynb #1620115b
+# %% ../nbs/02_diffusion.ipynb #c7bdd880
 @patch
 def training_losses(
     self: Diffusion,
@@ -299,7 +301,6 @@ def training_losses(
     t: Tensor,  # LongTensor [N]
     noise: Tensor,  # ~ N(0, I), [N, C, H, W]
     model_kwargs: 'dict | None' = None,  # such as the condition, {'y': [N, E]}
-    min_snr_gamma: 'float | None' = None,  # γ of min-SNR weighting; None is the plain (3.15)
 ) -> dict:  # loss, simple, vlb, each [N]; simple is unweighted, vlb in bits per dimension
     "L_hybrid (3.17) of each image and its two parts, the squared error (3.15) and one term of the bound."
     x_t, channels = self.q_sample(x_0, t, noise), x_0.shape[1]
@@ -309,9 +310,9 @@ def training_losses(
     frozen_mean = torch.cat([output[:, :channels].detach(), output[:, channels:]], 1)
     vlb = self.vlb_terms(*self.interpret(frozen_mean, x_t, t), x_0, x_t, t)
     loss = simple
-    if min_snr_gamma is not None:
+    if self.snr_range:
         snr = self.at('snr', t, simple)
-        loss = loss*snr.clamp(max=min_snr_gamma)/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
+        loss = loss*snr.clamp(*self.snr_range)/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
     if output.shape[1] > channels: loss = loss + self.vlb_weight*self.timesteps*vlb
     return {'loss': loss, 'simple': simple, 'vlb': vlb}
 

@@ -107,7 +107,7 @@ class Stage(nn.Sequential):
         for layer in self: x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
-# %% ../nbs/lib/unet.ipynb #86e6624a
+# %% ../nbs/lib/unet.ipynb #e95dfaff
 class UNet(nn.Module):
     """U-Net of the decoder (thesis 4.2.1), of the upsampler and of the small presets, with the released parameter names.
 
@@ -126,6 +126,7 @@ class UNet(nn.Module):
                  embedding_size=None, # y is a CLIP embedding of this size
                  num_classes=None, # y is a class label below this
                  pixel_unshuffle=1, # work on f×f pixel blocks as channels, at 1/f of the resolution
+                 seam_channels=0, # width of two convolutions on the pixels, which mend the seams between blocks; 0: none
                  gradient_checkpointing=False, # recompute activations in the backward pass: less memory, a third more time
                  scale_shift=True, # see `ResBlock`
                  rescale_attention=False, # see `Attention`
@@ -140,6 +141,8 @@ class UNet(nn.Module):
         resblock = partial(ResBlock, emb_channels=4 * model_channels, dropout=dropout, scale_shift=scale_shift)
         attention = lambda width: Attention(width, num_heads or width // num_head_channels, rescale_attention)
         self._build_stages(resblock, attention, channel_mult, num_res_blocks, attention_resolutions)
+        self.seams = nn.Sequential(nn.Conv2d(out_channels + in_channels, seam_channels, 3, padding=1), nn.SiLU(),
+                                   zero(nn.Conv2d(seam_channels, out_channels, 3, padding=1))) if seam_channels else None
 
     def _build_embeddings(self, channels, emb_channels, linear_projection):
         mlp = lambda n: nn.Sequential(nn.Linear(n, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
@@ -197,7 +200,9 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        return F.pixel_shuffle(self.out(h), self.pixel_unshuffle).float()
+        h = F.pixel_shuffle(self.out(h), self.pixel_unshuffle)
+        if self.seams: h = h + self.seams(torch.cat([h, x], dim=1))
+        return h.float()
 
     def _run(self, stage, h, emb):
         if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(stage, h, emb, use_reentrant=False)
@@ -217,7 +222,7 @@ def _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_
             raise ValueError(f"A width of {width} channels (model_channels={model_channels} times {m}) must be a multiple of 32 "
                              f"and of {'num_heads' if num_heads else 'num_head_channels'}={num_heads or num_head_channels}.")
 
-# %% ../nbs/lib/unet.ipynb #0c20f10d
+# %% ../nbs/lib/unet.ipynb #a75474df
 def _layer_name(layer):
     if isinstance(layer, ResBlock): return f"ResBlock {layer.resample}" if layer.resample else "ResBlock"
     return {"Conv2d": "3×3 conv", "GroupNorm32": "GroupNorm"}.get(type(layer).__name__, type(layer).__name__)
@@ -229,7 +234,7 @@ def stage_table(model # a UNet, on any device
     model = copy.deepcopy(model).to("meta")
     embedding = [m for name, m in model.named_children() if name in ("time_embed", "img_emb_proj", "label_emb")]
     names = [f"{part}.{i}" for part in ("input_blocks", "output_blocks") for i in range(len(getattr(model, part)))]
-    names = [n for n in names if n[0] == "i"] + ["middle_block"] + [n for n in names if n[0] == "o"] + ["out"]
+    names = [n for n in names if n[0] == "i"] + ["middle_block"] + [n for n in names if n[0] == "o"] + ["out"] + ["seams"] * bool(model.seams)
     shapes = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda _, __, h, name=name: shapes.update({name: h.shape}))
