@@ -13,7 +13,7 @@ PICTURES = 'figures/index'
 
 def from_top(source: str) -> str:
     "Links of a notebook in nbs/ as they are from the top of the repository."
-    return re.sub(r'\]\((?!https?:|#)([^)]+)\)', lambda m: f"]({posixpath.normpath('nbs/' + m[1])})", source)
+    return re.sub(r'(\]\(|src=")(?!https?:|#)([^)"]+)', lambda m: m[1] + posixpath.normpath('nbs/' + m[2]), source)
 
 
 def render(path: Path = REPOSITORY/'nbs/index.ipynb') -> tuple:
@@ -21,8 +21,12 @@ def render(path: Path = REPOSITORY/'nbs/index.ipynb') -> tuple:
     notebook = nbformat.read(path, 4)
     notebook.metadata.language_info = {'name': 'python'}  # nbdev_clean removes it
     for cell in notebook.cells:
-        if cell.cell_type == 'markdown': cell.source = from_top(cell.source)
-        else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+        if cell.cell_type == 'markdown':
+            cell.source = from_top(cell.source)
+            continue
+        cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+        for output in cell.outputs:
+            if 'text/markdown' in output.get('data', {}): output.data['text/markdown'] = from_top(output.data['text/markdown'])
     config = Config()
     config.ExtractOutputPreprocessor.output_filename_template = PICTURES + '/{cell_index}_{index}{extension}'
     config.TagRemovePreprocessor.enabled = True

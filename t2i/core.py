@@ -6,10 +6,10 @@
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'EXHIBITS', 'in_test', 'Preset', 'preset_names', 'load_preset', 'get_device',
            'has_fast_bfloat16', 'autocast', 'make_generators', 'randn', 'on_white', 'square', 'from_uint8', 'to_uint8',
            'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit',
-           'exhibit_path', 'save_figure', 'save_table']
+           'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
-# %% ../nbs/00_core.ipynb #a4abb17b
-import contextlib, json, os, sys, tempfile
+# %% ../nbs/00_core.ipynb #0c91a145
+import contextlib, io, json, os, pickle, re, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ def to_pil(x: torch.Tensor) -> list:
     "float [N, 3, H, W] in [-1, 1] → PIL pictures."
     return [Image.fromarray(i) for i in to_uint8(x)]
 
-# %% ../nbs/00_core.ipynb #081b8e0f
+# %% ../nbs/00_core.ipynb #9c64c130
 @contextlib.contextmanager
 def atomic_path(path: 'str | Path'):
     "A temporary path beside `path`; on success it is synced and takes the place of `path`, on failure it vanishes and `path` is as it was."
@@ -168,48 +168,109 @@ def save_json(path, value) -> Path:
     return Path(path)
 
 
+def _file_type(path: Path) -> str:
+    "The ending of a file of weights, '.safetensors', '.pt' or '.npy'."
+    kind = {'.pth': '.pt', '.bin': '.pt'}.get(path.suffix, path.suffix)
+    if kind not in ('.safetensors', '.pt', '.npy'): raise ValueError(f"{path} is no file of weights by its ending: use .safetensors, .pt, or .npy for a single array")
+    return kind
+
+
 def save_weights(
-    path: 'str | Path',  # a .safetensors file
+    path: 'str | Path',  # a .safetensors file; or, for other programs, a .pt state dict or the .npy of a single array
     tensors: dict,  # name → tensor
-    metadata: 'dict | None' = None,  # kept in the file's header as JSON
+    metadata: 'dict | None' = None,  # kept as JSON in the header of a safetensors file
     dtype: 'torch.dtype | None' = None,  # floating-point tensors are stored as this
 ) -> Path:
-    "Write a safetensors file atomically."
+    "Write tensors atomically, in the format that the ending of `path` names."
     from safetensors.torch import save_file
+    path = Path(path)
+    kind = _file_type(path)
     stored = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in tensors.items()}
-    with atomic_path(path) as tmp: save_file(stored, tmp, metadata={'t2i': json.dumps(metadata or {})})
-    return Path(path)
+    if kind == '.npy' and len(stored) != 1: raise ValueError(f"{path} can hold one array and was given {len(stored)} tensors: use .safetensors or .pt")
+    with atomic_path(path) as tmp:
+        if kind == '.safetensors': save_file(stored, tmp, metadata={'t2i': json.dumps(metadata or {})})
+        elif kind == '.pt': torch.save(stored, tmp)
+        else: np.save(tmp, *(v.numpy() for v in stored.values()), allow_pickle=False)
+    return path
+
+
+class _Refused(ValueError):
+    "A file that was understood, and holds more than tensors."
+
+
+def _read_safetensors(path):
+    from safetensors import safe_open
+    with safe_open(path, 'pt') as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('t2i', '{}'))
+
+
+def _read_npy(path):
+    try: array = np.load(path, allow_pickle=False)
+    except ValueError as e:
+        if 'Object arrays' in str(e): raise _Refused(f"{path} was not read: it holds Python objects instead of numbers, and reading those can run any code; get it from its authors again") from None
+        raise
+    return {path.stem: torch.from_numpy(array)}, {}
+
+
+def _is_torchscript(path) -> bool:
+    "Whether a file is a TorchScript archive, as OpenAI's CLIP models are."
+    if not zipfile.is_zipfile(path): return False
+    with zipfile.ZipFile(path) as archive: return any(name.endswith('/constants.pkl') for name in archive.namelist())
+
+
+def _read_torch(path):
+    "A state dict; that of a TorchScript archive; or the one in a training checkpoint's 'state_dict'."
+    if _is_torchscript(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)  # TorchScript is on its way out; the files remain
+            return dict(torch.jit.load(path, map_location='cpu').state_dict()), {'torchscript': True}
+    try: loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        wanted = re.search(r'GLOBAL (\S+)', str(e))
+        if wanted: raise _Refused(f"{path} was not read: besides tensors it asks for {wanted[1]}, and such a file can run any code; get it from its authors again, or save the model's state_dict() where you trust it") from None
+        raise
+    tensors = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {'': loaded}
+    if not all(isinstance(v, torch.Tensor) for v in tensors.values()): raise _Refused(f"{path} holds no state dict (name → tensor): save the model's state_dict()")
+    return tensors, {}
 
 
 def load_weights(
-    path: 'str | Path',  # a .safetensors file
+    path: 'str | Path',  # a .safetensors file; or of other programs a .pt with tensors only, a TorchScript archive, or the .npy of a single array
+    dtype: 'torch.dtype | None' = torch.float32,  # floating-point tensors are returned as this; None: as they are stored
 ) -> tuple:
-    "→ (tensors by name, floating-point ones as float32, and the metadata). A missing or damaged file is told in one sentence."
-    from safetensors import SafetensorError, safe_open
+    "→ (tensors by name, and the metadata). Nothing in the file is run. A missing or damaged file, or a pickle that wants more than tensors, is told in one sentence."
+    from safetensors import SafetensorError
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} are missing: reinstall the package for the shipped ones, or train them with `t2i train`")
-    try:
-        with safe_open(path, 'pt') as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-            metadata = json.loads((f.metadata() or {}).get('t2i', '{}'))
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a complete safetensors file ({e}): copy or download it again") from None
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, metadata
+    read = {'.safetensors': _read_safetensors, '.pt': _read_torch, '.npy': _read_npy}[_file_type(path)]
+    try: tensors, metadata = read(path)
+    except _Refused: raise
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not a complete {path.suffix[1:]} file ({path.stat().st_size:,} bytes): copy or download it again") from None
+    return {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}, metadata
 
 
-def load_into(module: torch.nn.Module, tensors: dict, source) -> torch.nn.Module:
-    "Load `tensors` strictly; a mismatch names the file, the first wrong key and both shapes."
+def load_into(
+    module: torch.nn.Module,
+    tensors: dict,  # a state dict
+    source,  # where it is from, for the message
+    preset_keys=(),  # (pattern, preset key): a wrong tensor whose name matches the pattern comes from that key
+) -> torch.nn.Module:
+    "Load `tensors` strictly; a mismatch names the file, the first wrong tensor, both shapes and the preset's key to change."
     own = module.state_dict()
-    for key in own.keys() | tensors.keys():
-        if key not in tensors: raise ValueError(f"{source} has no tensor {key!r} of shape {list(own[key].shape)}: it belongs to another model or preset")
-        if key not in own: raise ValueError(f"{source} has a tensor {key!r} that the model lacks: it belongs to another model or preset")
-        if own[key].shape != tensors[key].shape:
-            raise ValueError(f"{source}: {key!r} has shape {list(tensors[key].shape)}, the model expects {list(own[key].shape)}: use the preset it was trained with")
+    if tensors and not own.keys() & tensors.keys():
+        raise ValueError(f"{source} is the file of another model: it has {next(iter(tensors))!r} and none of the names that are expected, such as {next(iter(own))!r}")
+    shape = lambda state, key: f"of shape {list(state[key].shape)}" if key in state else "missing"
+    for key in {**own, **tensors}:  # in the order of the model
+        if key in tensors and key in own and tensors[key].shape == own[key].shape: continue
+        where = next((name for pattern, name in preset_keys if re.search(pattern, key)), None)
+        remedy = f"set {where} in the preset to what the file was trained with" if where else "use the preset it was trained with"
+        raise ValueError(f"{source} does not fit: {key!r} is {shape(tensors, key)} in the file and {shape(own, key)} in the model; {remedy}")
     module.load_state_dict(tensors)
     return module
 
-# %% ../nbs/00_core.ipynb #aa510351
+# %% ../nbs/00_core.ipynb #d80c9e31
 @dataclass(frozen=True)
 class Exhibit:
     "A figure or table of the thesis: its number, a word for the file name, what it shows, the notebook that makes it."
@@ -255,7 +316,8 @@ EXHIBITS = {e.number if e.word != 'table' else f'Table {e.number}': e for e in [
 ]]}
 
 
-def _exhibit(number):
+def exhibit(number: str) -> Exhibit:
+    "The exhibit with the thesis's `number`, such as '5.10' or 'Table 5.1'."
     if number not in EXHIBITS: raise ValueError(f"the thesis has no exhibit {number!r}: it has {', '.join(EXHIBITS)}")
     return EXHIBITS[number]
 
@@ -263,7 +325,7 @@ def _exhibit(number):
 def exhibit_path(number: str, preset, out_dir='figures', suffix='.png') -> Path:
     "Where the exhibit `number` ('5.10', 'Table 5.1') of a preset is kept; a relative `out_dir` lies in the repository, or in the working directory if there is none."
     repository = PACKAGE.parent if (PACKAGE.parent/'nbs').is_dir() else Path()
-    return repository/out_dir/load_preset(preset).name/f'{_exhibit(number).stem}{suffix}'
+    return repository/out_dir/load_preset(preset).name/f'{exhibit(number).stem}{suffix}'
 
 
 def save_figure(
@@ -276,15 +338,17 @@ def save_figure(
 ) -> Path:
     "Save a figure of the thesis as PNG with caption and parameters in the file's metadata."
     from PIL.PngImagePlugin import PngInfo
-    exhibit, path = _exhibit(number), exhibit_path(number, preset, out_dir)
-    texts = {'Title': f'Figure {exhibit.number}: {exhibit.title}', 'Description': caption,
-             'Source': f'nbs/{exhibit.notebook}.ipynb', 'Comment': json.dumps({'preset': load_preset(preset).name, **parameters}, default=str)}
-    with atomic_path(path) as tmp:
-        if isinstance(figure, Image.Image):
-            info = PngInfo()
-            for k, v in texts.items(): info.add_itxt(k, v)
-            figure.save(tmp, format='png', pnginfo=info, optimize=True)
-        else: figure.savefig(tmp, format='png', metadata=texts, bbox_inches='tight')
+    e, path = exhibit(number), exhibit_path(number, preset, out_dir)
+    if not isinstance(figure, Image.Image):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', bbox_inches='tight')
+        figure = Image.open(buffer).convert('RGB')
+    info = PngInfo()
+    texts = {'Title': f'Figure {e.number}: {e.title}', 'Description': caption,
+             'Source': f'nbs/{e.notebook}.ipynb', 'Comment': json.dumps({'preset': load_preset(preset).name, **parameters}, default=str)}
+    for k, v in texts.items(): info.add_itxt(k, v)
+    with atomic_path(path) as tmp:  # 256 colours: a third of the size, and no difference to be seen
+        figure.convert('RGB').quantize(256, kmeans=1, dither=Image.Dither.NONE).save(tmp, format='png', pnginfo=info, optimize=True)
     return path
 
 

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from t2i.core import EXHIBITS, exhibit_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (REPOSITORY/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-9]_', p.name)]
 # a module imports from rows above its own only
 LAYERS = [['core'], ['plots', 'train', 'metrics', 'data', 'diffusion'], ['clip'], ['guidance', 'sampling', 'image_guidance'], ['unet'],
-          ['decoder', 'translator', 'upsampler'], ['pipeline'], ['experiments', 'clip_algebra'], ['cli']]
+          ['diagrams', 'checkpoints'], ['decoder', 'translator', 'upsampler', 'classifier'], ['pipeline'], ['experiments', 'clip_algebra'], ['cli']]
 
 def name(path): return str(path.relative_to(REPOSITORY))
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
@@ -50,7 +53,7 @@ def test_chapters_have_one_cell_of_parameters(path):
     assert len(tagged) == 1
     tree = ast.parse(''.join(tagged[0]['source']))
     assert all(isinstance(s, ast.Assign) for s in tree.body), 'papermill needs plain assignments'
-    assert {'preset', 'seed'} <= {t.id for s in tree.body for t in s.targets}
+    assert {'preset', 'seed', 'out_dir'} <= {t.id for s in tree.body for t in s.targets}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
@@ -68,6 +71,27 @@ def test_notebooks_run_anywhere(path):
 
 def test_notebooks_and_figures_stay_small():
     assert sum(p.stat().st_size for p in NOTEBOOKS + list((REPOSITORY/'figures').rglob('*.*')) if 'smoke' not in p.parts) < 6e6
+
+
+def exhibits_named_by(path):
+    "The thesis's numbers that occur as strings in the cells that save figures or tables."
+    sources = [''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'code']
+    trees = [ast.parse(s) for s in sources if 'save_figure(' in s or 'save_table(' in s]
+    return {n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in EXHIBITS}
+
+
+def test_every_figure_and_table_of_the_thesis_has_one_owner_and_a_file():
+    owners = {number: [p.stem for p in CHAPTERS if number in exhibits_named_by(p)] for number in EXHIBITS}
+    assert len(EXHIBITS) == 29
+    assert not [number for number, found in owners.items() if not found], 'no notebook saves these'
+    assert not {number: found for number, found in owners.items() if found != [EXHIBITS[number].notebook]}
+    paths = {n: [exhibit_path(n, 'emoji', suffix=s) for s in (('.csv', '.md') if e.word == 'table' else ('.png',))] for n, e in EXHIBITS.items()}
+    assert not [n for n, files in paths.items() if not all(p.is_file() for p in files)], 'these have no file: run the notebook that makes them'
+    for number, (path, *_) in paths.items():
+        if path.suffix != '.png': continue
+        texts = Image.open(path).text
+        assert texts['Title'].startswith(f'Figure {number}: ') and texts['Source'] == f'nbs/{EXHIBITS[number].notebook}.ipynb'
+        assert texts['Description'] and json.loads(texts['Comment'])['preset'] == 'emoji'
 
 
 def test_imports_go_one_way():

@@ -1,18 +1,38 @@
-"""The chapter on experiments from a foreign working directory, as papermill runs it."""
-import subprocess
-import sys
-
+"""All chapters from a foreign working directory, as papermill runs them."""
 import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from t2i.cli import app
+from t2i.core import EXHIBITS
 
 
-def test_experiments(repository, tmp_path):
-    out, elsewhere = tmp_path/'figures', tmp_path/'elsewhere'
-    elsewhere.mkdir()
-    done = subprocess.run([sys.executable, '-m', 'papermill', str(repository/'nbs/05_experiments.ipynb'), str(tmp_path/'executed.ipynb'),
-                           '-p', 'preset', 'smoke', '-p', 'out_dir', str(out), '--no-progress-bar'], cwd=elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    tables = list(out.rglob('table_5_1.csv'))
-    assert len(tables) == 1 and tables[0].with_suffix('.md').is_file()
-    table = pd.read_csv(tables[0])
+@pytest.fixture(scope='module')
+def everything(tmp_path_factory):
+    "Output of `t2i figures --preset smoke`, and the folder that it wrote."
+    out, elsewhere = tmp_path_factory.mktemp('figures'), tmp_path_factory.mktemp('elsewhere')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere)
+        result = CliRunner().invoke(app, ['figures', '--preset', 'smoke', '--out', str(out)])
+    assert not list(elsewhere.iterdir())
+    return result, out
+
+
+def test_every_chapter_runs_and_writes_its_figures(everything):
+    result, out = everything
+    assert result.exit_code == 0, result.output
+    written = {p.name for p in (out/'smoke').iterdir()}
+    assert written == {f'{e.stem}{s}' for e in EXHIBITS.values() for s in (('.csv', '.md') if e.word == 'table' else ('.png',))}
+    assert 'not written' not in result.output
+
+
+def test_the_table_has_every_variant(everything):
+    table = pd.read_csv(everything[1]/'smoke/table_5_1.csv')
     assert len(table) >= 4 and table.notna().any().all()  # three variants, and real pictures against real ones
-    assert list(out.rglob('fig_5_2_*.png')) and not list(elsewhere.iterdir())
+
+
+def test_a_failing_chapter_is_named_and_does_not_stop_the_others(tmp_path):
+    result = CliRunner().invoke(app, ['figures', '--preset', 'thesis', '--only', '5.11', '--only', '5.2', '--out', str(tmp_path)])
+    assert result.exit_code == 1 and result.output.count('not written') == 2 and '2 of 2 chapters failed: 05_experiments, 07_image_guidance' in result.output
+    result = CliRunner().invoke(app, ['figures', '--only', '9.9', '--out', str(tmp_path)])
+    assert result.exit_code == 1 and "no exhibit '9.9'" in result.output
