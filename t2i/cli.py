@@ -119,7 +119,7 @@ def train(
             typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, hours, seed, device))
     except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #a5cdd479
+# %% ../nbs/lib/cli.ipynb #663dee9c
 @app.command()
 def pack(
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
@@ -129,6 +129,7 @@ def pack(
     "Write the float16 weights, the statistics and the logs of a run to one folder, for `--folder` or to ship."
     import shutil
     settings = load_preset(preset)
+    if not (out or settings.get('weights')): _say(f"the preset {settings.name!r} has no place in the package for weights: name a folder with --out")
     runs, out = runs or Path('runs')/settings.name, out or ASSETS/settings.weights
     try:
         import torch

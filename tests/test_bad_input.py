@@ -157,6 +157,10 @@ def test_undecodable_pictures_in_training_from_raw_shards(stage, shards, tmp_pat
     assert all(key in said for key in bad)
 
 
+def test_packing_a_preset_without_a_place_for_weights(tmp_path):
+    says(shell('pack', '--preset', 'thesis', '--runs', tmp_path), "'thesis'", '--out')
+
+
 def test_bytes_that_are_no_picture():
     picture = io.BytesIO()
     Image.new('RGB', (8, 8)).save(picture, 'PNG')
