@@ -113,7 +113,7 @@ class Log:
         if self.writer:
             for k, v in values.items(): self.writer.add_scalar(k, float(v), step)
 
-# %% ../nbs/lib/train.ipynb #1f2f0937
+# %% ../nbs/lib/train.ipynb #9fb475cd
 @dataclass
 class TrainConfig:
     "How a model is trained; the `[train.<stage>]` section of a preset."
@@ -164,7 +164,8 @@ class _Run:
         optimizer = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}[self.c.optimizer]
         optimizer = optimizer(model.parameters(), lr=self.c.learning_rate, betas=tuple(self.c.betas), weight_decay=self.c.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.elapsed, self.best, self.since_best, self.energy_before = 0, 0., math.inf, 0, {'kwh': 0., 'kg_co2': 0.}
+        self.step, self.examples, self.elapsed, self.best, self.since_best = 0, 0, 0., math.inf, 0
+        self.energy_before = {'kwh': 0., 'kg_co2': 0.}
 
     # -- state --------------------------------------------------------------------------------------------------
     @property
@@ -172,14 +173,14 @@ class _Run:
 
     def save(self, energy):
         state = {'model': self.accelerator.unwrap_model(self.model).state_dict(), 'optimizer': self.optimizer.state_dict(),
-                 'average': self.average.state_dict() if self.average else None, 'step': self.step, 'elapsed': self.elapsed,
+                 'average': self.average.state_dict() if self.average else None, 'step': self.step, 'examples': self.examples, 'elapsed': self.elapsed,
                  'best': self.best, 'since_best': self.since_best, 'energy': energy}
         with atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
         if not self.c.keep_best: self.save_weights()
 
     def save_weights(self):
         tensors = (self.average or self.accelerator.unwrap_model(self.model)).state_dict()
-        save_weights(self.out/'weights.safetensors', tensors, {**self.task.metadata(), 'step': self.step, 'examples': self.step*self.c.batch_size})
+        save_weights(self.out/'weights.safetensors', tensors, {**self.task.metadata(), 'step': self.step, 'examples': self.examples})
 
     def resume(self):
         if not self.checkpoint.exists(): return
@@ -188,7 +189,7 @@ class _Run:
         load_into(self.accelerator.unwrap_model(self.model), state['model'], self.checkpoint)
         if self.average: load_into(self.average, state['average'], self.checkpoint)
         self.optimizer.load_state_dict(state['optimizer'])
-        self.step, self.elapsed, self.best, self.since_best = (state[k] for k in ('step', 'elapsed', 'best', 'since_best'))
+        for k in ('step', 'examples', 'elapsed', 'best', 'since_best'): setattr(self, k, state[k])
         self.energy_before = state['energy']
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -216,6 +217,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.examples += len(indices)
         if self.average: ema_update(self.average, self.accelerator.unwrap_model(self.model), ema_rate(c.ema, self.step))
         return {**{k: v.detach() for k, v in losses.items()}, 'gradient_norm': norm.detach()}
 
@@ -275,6 +277,6 @@ class _Run:
                     saved = time.time()
         used = total_energy()
         energy.stop()
-        save_json(self.out/'energy.json', {**used, 'hours': self.elapsed/3600, 'how': energy.how(), 'steps': self.step, 'examples': self.step*self.c.batch_size,
+        save_json(self.out/'energy.json', {**used, 'hours': self.elapsed/3600, 'how': energy.how(), 'steps': self.step, 'examples': self.examples,
                                            'device': str(self.accelerator.device)})
         return self.out/'weights.safetensors'

