@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoisyClassifier', 'make_classifier', 'emoji_classes', 'ClassifierTask']
 
-# %% ../nbs/lib/classifier.ipynb #1e482cee
+# %% ../nbs/lib/classifier.ipynb #17de1aff
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights
+from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randn
 from .data import decodable, decode_image, load_emoji
 from .diffusion import Diffusion
 from .train import Task
@@ -84,7 +84,7 @@ def emoji_classes(table=None) -> dict:
     table = load_emoji(None, ['group', 'style']) if table is None else table
     return {question: sorted(table[question].unique()) for question in ('group', 'style')}
 
-# %% ../nbs/lib/classifier.ipynb #cced4016
+# %% ../nbs/lib/classifier.ipynb #e902a6d6
 class ClassifierTask(Task):
     "Train a preset's classifier on the emoji shards."
     def __init__(self, preset='emoji'):
@@ -99,11 +99,11 @@ class ClassifierTask(Task):
 
     def __len__(self): return len(self.training[0])
 
-    def batch(self, indices, generator, examples=None):
+    def batch(self, indices, generators, examples=None):
         images, labels = examples or self.training
         x_0 = from_uint8(images[indices])
-        t = torch.randint(self.diffusion.timesteps, (len(indices),), generator=generator)
-        return self.diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator)), t, *(answers[indices] for answers in labels.values())
+        t = torch.cat([torch.randint(self.diffusion.timesteps, (1,), generator=g) for g in generators])
+        return self.diffusion.q_sample(x_0, t, randn(x_0.shape[1:], generators)), t, *(answers[indices] for answers in labels.values())
 
     def loss(self, model, batch):
         x_t, t, *answers = batch
@@ -112,7 +112,7 @@ class ClassifierTask(Task):
 
     def validate(self, model):
         "The loss on held-out pictures, always with the same noise."
-        batch = self.batch(torch.arange(len(self.held_out[0])), torch.Generator().manual_seed(0), self.held_out)
+        batch = self.batch(torch.arange(n := len(self.held_out[0])), make_generators(0, n), self.held_out)
         device = next(model.parameters()).device
         return {f'validation_{k}': v.item() for k, v in self.loss(model, [b.to(device) for b in batch]).items()}
 

@@ -100,24 +100,24 @@ def randn(
     "Standard normal noise of shape [n, *shape], one generator per image."
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
 
-# %% ../nbs/00_core.ipynb #9aaecfad
+# %% ../nbs/00_core.ipynb #7954930d
 def on_white(image: Image.Image) -> Image.Image:
     "Any PIL picture as RGB; transparency becomes white."
     if image.mode in ('RGBA', 'LA', 'PA') or (image.mode == 'P' and 'transparency' in image.info):
         rgba = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    "`image` on a white square, resized to `size` × `size` pixels (4.2.2 pads rectangular pictures the same way)."
+    "`image` in the middle of a white square, its longer side resized to `size` pixels (4.2.2 pads rectangular pictures the same way)."
     image = on_white(image)
-    if image.width != image.height:
-        side = max(image.size)
-        padded = Image.new('RGB', (side, side), 'white')
-        padded.paste(image, ((side - image.width)//2, (side - image.height)//2))
-        image = padded
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    fitted = tuple(max(1, round(s*size/max(image.size))) for s in image.size)
+    if image.size != fitted: image = image.resize(fitted, Image.Resampling.BICUBIC, reducing_gap=3)
+    if fitted == (size, size): return image
+    padded = Image.new('RGB', (size, size), 'white')
+    padded.paste(image, ((size - image.width)//2, (size - image.height)//2))
+    return padded
 
 
 def from_uint8(images) -> torch.Tensor:

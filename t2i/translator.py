@@ -94,16 +94,16 @@ def translator_validation(
     model.train(training)
     return {**losses, 'identity_loss': translator_loss(identity, text_embeddings, image_embeddings).item()}
 
-# %% ../nbs/04_translator.ipynb #a910b5fd
+# %% ../nbs/04_translator.ipynb #770be5c8
 class TranslatorTask(Task):
     "Train a preset's translator on prepared shards."
     def __init__(
         self,
         preset,  # name, path, or a preset
-        prepared: 'str | Path',  # folder that `prepare_emoji` wrote
+        prepared: 'str | Path',  # folder that `prepare` wrote
     ):
         self.preset, prepared = load_preset(preset), Path(prepared)
-        self.data, self.held_out = PreparedDataset(prepared/'train'), PreparedDataset(prepared/'validation')
+        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
 
@@ -114,9 +114,9 @@ class TranslatorTask(Task):
         text = data.text_embeddings(indices)[torch.arange(len(indices)), which]
         return self.statistics.text.standardize(text), self.statistics.image.standardize(data.image_embeddings(indices))
 
-    def batch(self, indices, generator):
-        captions = self.data.shards[0]['text_embeddings'].shape[1]
-        return self.pairs(self.data, indices, torch.randint(captions, (len(indices),), generator=generator))
+    def batch(self, indices, generators):
+        captions = self.data.captions_per_image
+        return self.pairs(self.data, indices, torch.cat([torch.randint(captions, (1,), generator=g) for g in generators]))
 
     def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}
 

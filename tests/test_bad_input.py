@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from t2i import data
 from t2i.cli import app
 from t2i.core import load_preset, save_weights
-from t2i.data import load_emoji, prepare_emoji
+from t2i.data import load_emoji, prepare
 from t2i.pipeline import TextToImage
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
@@ -130,9 +130,10 @@ def shards(tmp_path):
 
 def test_undecodable_pictures_are_skipped_and_named(pipe, shards, tmp_path):
     folder, bad = shards
-    report = prepare_emoji(pipe.clip, tmp_path/'prepared', folder=folder, progress=False)
-    assert set(report['skipped']) == bad and report['prepared'] == 29
-    assert all('not a picture' in why for why in report['skipped'].values())
+    report = prepare(pipe.clip, folder, tmp_path/'prepared', progress=False)
+    skipped = report['shards']['shards-00000']['skipped']
+    assert {reason: len(keys) for reason, keys in skipped.items()} == report['skipped'] == {'undecodable image': 2, 'empty file': 1}
+    assert {key for keys in skipped.values() for key in keys} == bad and report['prepared'] == 29
     prepared = data.PreparedDataset(tmp_path/'prepared/train')
     assert len(prepared) == len(prepared.keys) == 22 and not bad & set(prepared.keys)
 

@@ -91,15 +91,21 @@ def pictures():
     return noise, smooth
 
 
-def test_folders_of_png_files_get_the_same_numbers_from_torch_fidelity(pictures, tmp_path):
-    for name, images in zip('ab', pictures):
+@pytest.mark.parametrize('network', ['efficientnet-lite0', 'inception'])
+def test_folders_get_the_same_numbers_from_torch_fidelity_s_command_line(network, pictures, fidelity, monkeypatch, tmp_path):
+    "With Inception as users have it, but for its weights: those are random, because the real ones are a download."
+    noise, smooth = pictures
+    mixed = np.concatenate([noise[:6], smooth[:10]]), np.concatenate([smooth[4:], noise[4:8]])
+    for name, images in zip('ab', mixed):
         (tmp_path/name).mkdir()
-        for i, image in enumerate(images): Image.fromarray(image).save(tmp_path/name/f'{i:03}.png')
-    theirs = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path/'a'), input2=str(tmp_path/'b'), feature_extractor='efficientnet-lite0', fid=True, isc=True, kid=True, prc=True,
-        isc_splits=1, kid_subset_size=8, rng_seed=5, cuda=False, save_cpu_ram=True, verbose=False)
-    ours = evaluate(*pictures, seed=5)
-    assert ours['features'] == 'efficientnet-lite0' and ours['n'] == ours['n_real'] == 16
+        for i, image in enumerate(images): Image.fromarray(image).save(tmp_path/name/f'{i:05}.png')
+    weights = tmp_path/'inception.pth'
+    if network == 'inception': random_inception(monkeypatch, weights)
+    extractor = ['inception-v3-compat', '--feature-extractor-weights-path', weights] if network == 'inception' else [network]
+    theirs = fidelity('--input1', tmp_path/'a', '--input2', tmp_path/'b', '--kid-subset-size', 8, '--rng-seed', 5, '--feature-extractor', *extractor)
+    ours = evaluate(*mixed, features=weights if network == 'inception' else network, seed=5)
+    assert ours['features'] == network and ours['n'] == ours['n_real'] == 16
+    assert ours['fid'] > 1 and ours['is'] > 1.05 and abs(ours['kid']) > 1e-4 and 0 < ours['recall'] < 1  # there is something to compare
     for key, name in {'fid': 'frechet_inception_distance', 'is': 'inception_score_mean', 'kid': 'kernel_inception_distance_mean',
                       'kid_std': 'kernel_inception_distance_std', 'precision': 'precision', 'recall': 'recall'}.items():
         assert ours[key] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), key
@@ -118,13 +124,18 @@ def test_features_of_two_kinds_are_not_compared():
 
 
 def random_inception(monkeypatch, path=None):
-    "Untrained Inception weights; saved, or in place of the download."
+    "Inception with random weights; saved, or in place of the download."
     extractor = torch_fidelity.FeatureExtractorInceptionV3
     source = torch_fidelity.feature_extractor_inceptionv3
     with monkeypatch.context() as patch:
         patch.setattr(source, 'load_state_dict_from_url', lambda *a, **k: {})
         patch.setattr(extractor, 'load_state_dict', lambda self, state: None)
-        state = extractor('inception-v3-compat', ['2048']).state_dict()
+        network = extractor('inception-v3-compat', ['2048'])
+    torch.manual_seed(0)
+    for p in network.parameters():  # as wide as their inputs want it: what an image says shall arrive at the end
+        if p.dim() > 1: torch.nn.init.kaiming_normal_(p)
+    torch.nn.init.normal_(network.fc.weight)
+    state = network.state_dict()
     if path: torch.save(state, path)
     else: monkeypatch.setattr(source, 'load_state_dict_from_url', lambda *a, **k: state)
 

@@ -1,0 +1,58 @@
+"A user's own pictures: from a folder to a pipeline, in one process and in two."
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from runs import finish, launch
+from t2i.checkpoints import load_statistics
+from t2i.cli import app
+from t2i.core import ASSETS, load_weights
+from t2i.own_data import train_on
+from t2i.pipeline import TextToImage
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "40 pictures with captions."
+    folder = tmp_path_factory.mktemp('pictures')
+    for i in range(40):
+        Image.new('RGB', (20 + i, 30), (6*i, 255 - 6*i, 128)).save(folder/f'{i}.jpg')
+        (folder/f'{i}.txt').write_text(f'colour number {i}')
+    return folder
+
+
+def run(*words): return CliRunner().invoke(app, ['train', *map(str, words)])
+
+
+def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):
+    done = run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu')
+    assert done.exit_code == 0, done.output
+    pipe = TextToImage.from_pretrained(tmp_path/'run', 'cpu')
+    assert pipe('colour number 3', num_inference_steps=1)[0].size == (64, 64)
+    for stage in ('translator', 'decoder'):  # it started from the weights that ship, and went on
+        shipped, trained = (load_weights(folder/f'{stage}.safetensors')[0] for folder in (ASSETS/'emoji', tmp_path/'run'))
+        change = torch.cat([(shipped[k] - trained[k]).flatten() for k in shipped])
+        assert 0 < change.norm() < 0.5*torch.cat([v.flatten() for v in shipped.values()]).norm(), stage
+    own, shipped = (load_statistics(folder, 512).image.mean for folder in (tmp_path/'run', ASSETS/'emoji'))
+    assert torch.equal(own, shipped), 'the decoder must get its embeddings standardised as before'
+    before = (tmp_path/'run/decoder.safetensors').read_bytes()
+    assert run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu').exit_code == 0
+    assert (tmp_path/'run/decoder.safetensors').read_bytes() == before, 'what is done is kept'
+
+
+def test_two_processes_prepare_and_train(pictures, tmp_path):
+    "Prepare, train both stages, load: all of it shared by two processes."
+    assert finish(launch(2, train_on, pictures, tmp_path, 'smoke', 0.5, True, 0, 'cpu', False)) == [0, 0]
+    assert load_weights(tmp_path/'decoder/weights.safetensors')[1]['step'] == 3
+    pictures_drawn = TextToImage.from_pretrained(tmp_path, 'cpu')(['a', 'b'], num_inference_steps=1)
+    assert len(pictures_drawn) == 2
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--data', 'EMPTY', '--out', 'RUN'], 'EMPTY'), (['--data', 'EMPTY'], 'name it with --out'),
+    (['decoder', '--data', 'EMPTY', '--out', 'RUN'], 'leave out the stage'), (['--scratch'], 'without --data')])
+def test_bad_calls(words, sentence, tmp_path):
+    (tmp_path/'EMPTY').mkdir()
+    done = run(*(str(tmp_path/w) if w.isupper() else w for w in words))
+    assert done.exit_code == 1 and sentence in done.output and 'Traceback' not in done.output and not (tmp_path/'RUN').exists()

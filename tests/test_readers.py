@@ -1,0 +1,409 @@
+"""Every kind of raw data is read, and whatever is wrong with it is skipped and counted under its reason."""
+import io
+import json
+import math
+import os
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from t2i.data import Undecodable, decode_image, prepare
+from t2i.readers import CocoCaptions, Sample, Skipped, find_shards
+
+
+class Stub:
+    "An encoder that costs nothing."
+    def encode_images(self, images): return torch.tensor([[np.asarray(i).mean() + 100, np.asarray(i).std()] for i in images], dtype=torch.float32)
+    def encode_captions(self, captions): return torch.tensor([[float(len(c)), float(c.count('a')), 7.] for c in captions])
+
+
+def picture(colour='red', size=(12, 8), mode='RGB', format='PNG', **options):
+    buffer = io.BytesIO()
+    Image.new('RGB', size, colour).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path, members, end=True):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with tarfile.open(path, 'w') as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pairs(n, first=0):
+    "What img2dataset writes for `n` pictures."
+    return [member for i in range(first, first + n) for member in (
+        (f'{i:05}.jpg', picture((i % 256, 9, 9), format='JPEG')), (f'{i:05}.txt', f'picture {i}'.encode()), (f'{i:05}.json', b'{"caption": "json"}'))]
+
+
+def read(folder, **options): return [s for shard in find_shards(folder, **options) for s in shard]
+def reasons(samples): return {s.key: s.reason for s in samples if isinstance(s, Skipped)}
+def good(samples): return {s.key: s.captions for s in samples if isinstance(s, Sample)}
+
+
+# -- formats ------------------------------------------------------------------------------------------------------
+def test_tar_of_img2dataset(tmp_path):
+    write_tar(tmp_path/'00000.tar', pairs(3))
+    write_tar(tmp_path/'00001.tar', [('./sub/a.PNG', picture()), ('./sub/a.cls', b'3'), ('./sub/a.json', b'{"caption": "from json"}'), ('._a.png', b'of macOS'), ('b.c.png', picture())])
+    (tmp_path/'00000_stats.json').write_text('{}')
+    (tmp_path/'00000.parquet').write_bytes(b'metadata of img2dataset, not read')
+    assert [s.name for s in find_shards(tmp_path)] == ['00000', '00001']
+    samples = read(tmp_path)
+    assert good(samples) == {'00000': ('picture 0',), '00001': ('picture 1',), '00002': ('picture 2',), 'sub/a': ('from json',)}
+    assert reasons(samples) == {'b': 'no image'}  # by WebDataset's rule the name ends at the first dot
+
+
+def test_tar_with_long_names(tmp_path):
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        name = 'a'*90 + '/' + 'b'*60
+        with tarfile.open(tmp_path/'0.tar', 'w', format=format) as tar:
+            for ending, data in (('jpg', picture(format='JPEG')), ('txt', 'grüße'.encode())):
+                info = tarfile.TarInfo(f'{name}.{ending}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        assert good(read(tmp_path)) == {name: ('grüße',)}
+
+
+def test_parquet(tmp_path):
+    pd.DataFrame({'key': ['a', 'b', 'c', 'd'], 'jpg': [picture('red'), None, b'', picture('blue')], 'caption': ['one', 'two', 'three', None]}).to_parquet(tmp_path/'0.parquet')
+    samples = read(tmp_path)
+    assert good(samples) == {'a': ('one',)} and reasons(samples) == {'b': 'no image', 'c': 'empty file', 'd': 'no caption'}
+
+
+def test_parquet_of_hugging_face(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    captions = pa.Array.from_buffers(pa.string(), 2, pa.array([b'fine', b'\xff\xfe'], pa.binary()).buffers())  # one is not UTF-8
+    pq.write_table(pa.table({'image': pa.array([{'bytes': picture(), 'path': 'x'}]*2), 'text': captions}), tmp_path/'train.parquet')
+    samples = read(tmp_path)
+    assert good(samples) == {'train-000000000': ('fine',)} and reasons(samples) == {'train-000000001': 'caption is not UTF-8'}
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+def test_imagenet_arrays(tmp_path, monkeypatch, compressed):
+    monkeypatch.setattr('t2i.readers.PER_SHARD', 4)
+    data = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), np.uint8)
+    (np.savez_compressed if compressed else np.savez)(tmp_path/'train_data_batch_1.npz', data=data.reshape(10, -1), labels=np.arange(1, 11), mean=np.zeros(192))
+    (tmp_path/'map_clsloc.txt').write_text('n02119789 1 kit_fox\nn02100735 2 English_setter\n')
+    assert [len(list(s)) for s in find_shards(tmp_path)] == [4, 4, 2]
+    samples = read(tmp_path)
+    assert all(s.captions == () and (s.image == data[i].transpose(1, 2, 0)).all() for i, s in enumerate(samples))
+    assert good(read(tmp_path, class_captions=True)) == {'train_data_batch_1-000000': ('kit fox',), 'train_data_batch_1-000001': ('English setter',)}
+
+
+def test_imagenet_arrays_never_unpickle(tmp_path):
+    class Trap:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'sprung'),)
+    np.savez(tmp_path/'a.npz', data=np.array([Trap()], dtype=object))
+    assert [s.reason for s in read(tmp_path)] == ['damaged shard'] and not (tmp_path/'sprung').exists()
+    np.savez(tmp_path/'a.npz', data=np.zeros((2, 12), np.uint8), labels=np.array([Trap(), 1], dtype=object))
+    assert [(s.reason, s.count) for s in read(tmp_path, class_captions=True)] == [('damaged shard', 2)] and not (tmp_path/'sprung').exists()
+
+
+def test_imagenet_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.readers.PER_SHARD', 2)
+    for name in ('n01440764', 'n01443537'):
+        (tmp_path/'train'/name).mkdir(parents=True)
+        for i in range(3): (tmp_path/'train'/name/f'{name}_{i}.JPEG').write_bytes(picture(format='JPEG'))
+    (tmp_path/'train/LOC_synset_mapping.txt').write_text('n01440764 tench, Tinca tinca\n')
+    samples = read(tmp_path/'train')
+    assert len(samples) == 6 and len(find_shards(tmp_path/'train')) == 4 and samples[0].key == 'n01440764/n01440764_0.JPEG' and samples[0].captions == ()
+    assert {s.captions for s in read(tmp_path/'train', class_captions=True)} == {('tench',), ('n01443537',)}
+
+
+@pytest.mark.parametrize('year', [2014, 2017])
+def test_coco(tmp_path, year):
+    with pytest.raises(FileNotFoundError, match=f'annotations_trainval{year}.zip'): CocoCaptions(tmp_path, year=year)
+    (tmp_path/'annotations').mkdir()
+    rows = [{'image_id': i, 'id': 100*i - k, 'caption': f' {i} {k}\n'} for i in (9, 3) for k in range(6)]
+    (tmp_path/f'annotations/captions_val{year}.json').write_text(json.dumps({'annotations': rows}))
+    with pytest.raises(FileNotFoundError, match=f'val{year}.zip'): CocoCaptions(tmp_path, year=year)
+    (tmp_path/f'val{year}').mkdir()
+    for i in (3, 9): (tmp_path/f'val{year}'/(f'COCO_val2014_{i:012}.jpg' if year == 2014 else f'{i:012}.jpg')).write_bytes(picture(format='JPEG'))
+    coco = CocoCaptions(tmp_path, year=year)
+    assert list(coco.table.key) == ['3', '9'] and coco.table.captions[0] == ['3 5', '3 4', '3 3', '3 2', '3 1'] and all(map(os.path.isfile, coco.table.path))
+    picks = [coco.one_caption(seed) for seed in range(20)]
+    assert all(c in cs for p in picks for c, cs in zip(p, coco.table.captions)) and len({p[0] for p in picks}) == 5
+    assert (coco.one_caption(3) == coco.one_caption(3)).all() and coco.one_caption(0)[1:].tolist() == picks[0][1:].tolist()
+    (tmp_path/f'annotations/captions_train{year}.json').write_text('its pictures were not downloaded')
+    samples = read(tmp_path)
+    assert [len(s.captions) for s in samples] == [5, 5] and {s.split for s in samples} == {'validation'}
+    (tmp_path/f'annotations/captions_val{year}.json').write_text('{"annotations": [{}]}')
+    with pytest.raises(ValueError, match='is not MS-COCO'): CocoCaptions(tmp_path, year=year).table
+
+
+def own_pictures(folder, n=6):
+    (folder/'cats').mkdir(parents=True)
+    for i in range(n): (folder/f'cats/{i}.png').write_bytes(picture((i, 0, 0)))
+    return [f'cats/{i}.png' for i in range(n)]
+
+
+def test_pictures_with_text_files(tmp_path):
+    files = own_pictures(tmp_path)
+    for i, f in enumerate(files[:4]): (tmp_path/f).with_suffix('.txt').write_bytes([b'a cat', '\ufeffein grüner Kater\n'.encode(), b' \n\t', b'\xff\xff'][i])
+    (tmp_path/'cats/alone.txt').write_text('no picture')
+    samples = read(tmp_path)
+    assert good(samples) == {files[0]: ('a cat',), files[1]: ('ein grüner Kater',)}
+    assert reasons(samples) == {files[2]: 'no caption', files[3]: 'caption is not UTF-8', files[4]: 'no caption', files[5]: 'no caption', 'cats/alone.txt': 'no image'}
+
+
+@pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl'])
+def test_pictures_with_a_table(tmp_path, kind):
+    files = own_pictures(tmp_path)
+    rows = [(files[0], 'one, "two"'), (files[1], 'first'), (files[1], 'second'), (files[2], ''), ('cats/gone.png', 'x'), ('', 'nothing'), (files[3], '\udcff')]
+    if kind == 'jsonl': text = ''.join(json.dumps({'file_name': f, 'text': c}) + '\n' for f, c in rows) + '\n[1]\n{broken\n'
+    else:
+        quote = lambda c: '"' + c.replace('"', '""') + '"'
+        text = ('\t' if kind == 'tsv' else ',').join(['file', 'caption']) + '\n' + ''.join(('\t' if kind == 'tsv' else ',').join(map(quote, r)) + '\n' for r in rows)
+    (tmp_path/f'captions.{kind}').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    samples = read(tmp_path)
+    assert good(samples) == {files[0]: ('one, "two"',), files[1]: ('first', 'second')}
+    bad = {files[2]: 'no caption', 'cats/gone.png': 'no image', files[3]: 'caption is not UTF-8', files[4]: 'no caption', files[5]: 'no caption', f'captions.{kind} row 6': 'malformed row'}
+    assert reasons(samples) == bad | ({f'captions.jsonl row {i}': 'malformed row' for i in (9, 10)} if kind == 'jsonl' else {})
+
+
+def test_pictures_are_cut_in_shards_of_a_fixed_size_and_always_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.readers.PER_SHARD', 4)
+    for f in own_pictures(tmp_path, 10): (tmp_path/f).with_suffix('.txt').write_text(f)
+    first, again = find_shards(tmp_path), find_shards(tmp_path)
+    assert [(s.name, s.signature) for s in first] == [(s.name, s.signature) for s in again] and [len(list(s)) for s in first] == [4, 4, 2]
+    (tmp_path/'cats/5.txt').write_text('changed')
+    assert [a.signature != b.signature for a, b in zip(first, find_shards(tmp_path))] == [False, True, False]
+
+
+@pytest.mark.parametrize('n', [1, 7, 40, 100])
+def test_a_few_pictures_have_a_validation_split(tmp_path, n):
+    for f in own_pictures(tmp_path, n): (tmp_path/f).with_suffix('.txt').write_text(f)
+    assert Counter(s.split for s in read(tmp_path))['validation'] == math.ceil(0.05*n)
+
+
+def test_what_cannot_be_a_source_gets_one_sentence(tmp_path):
+    for make, kind, words in [(lambda: None, ValueError, 'nothing that can be read'), (lambda: (tmp_path/'a.png').write_bytes(picture()), ValueError, 'without captions'),
+                              (lambda: (tmp_path/'a.csv').write_text('x,y\n1,2\n'), ValueError, 'columns x, y'), (lambda: (tmp_path/'b.csv').write_text(''), ValueError, 'a.csv, b.csv')]:
+        make()
+        with pytest.raises(kind, match=words) as e: find_shards(tmp_path)
+        assert '\n' not in str(e.value)
+    with pytest.raises(FileNotFoundError, match='no folder'): find_shards(tmp_path/'missing')
+
+
+# -- what is wrong with archives ------------------------------------------------------------------------------------
+def test_broken_tars(tmp_path):
+    whole = write_tar(tmp_path/'x/0.tar', pairs(4)).read_bytes()
+    ends = whole.rindex(b'{"caption"') + 1024  # of the last member
+    def after(data):
+        (tmp_path/'x/0.tar').write_bytes(data)
+        samples = read(tmp_path/'x')
+        return len(good(samples)), list(reasons(samples).items())
+    assert after(whole) == (4, [])
+    assert after(b'') == (0, [('0.tar', 'empty file')])
+    for cut in range(0, ends, 512):  # at every block there is a complaint, and at most the picture that was cut is lost
+        n, bad = after(whole[:cut] or b'x')
+        assert [r for _, r in bad] == ['truncated archive'] and n >= whole[:cut].count(b'.json\0') - 1
+    header = whole.index(b'00002.jpg')
+    n, bad = after(whole[:header + 30] + b'garbage' + whole[header + 37:])  # tarfile would end here in silence
+    assert n == 2 and bad == [('00001 and after', 'truncated archive')]
+    assert after(b'this is not a tar'*100) == (0, [('0.tar', 'truncated archive')])
+
+
+def test_what_is_wrong_with_a_sample_in_a_tar(tmp_path):
+    write_tar(tmp_path/'0.tar', [*pairs(2), *pairs(1), ('a.txt', b'no picture'), ('b.jpg', picture()), ('c.jpg', b''), ('c.txt', b'empty'), ('d.jpg', picture()), ('d.txt', b'  '),
+                                 ('e.jpg', picture()), ('e.txt', b'\xc3('), ('f.jpg', picture()), ('f.json', b'{"caption": null}'), ('g.jpg', picture()), ('g.json', b'{"caption": "\\ud800"}'),
+                                 ('h.jpg', picture()), ('h.json', b'{'), ('i.jpg', picture()), ('i.txt', b'two'), ('i.jpg', picture()), ('i.txt', b'twice')])
+    samples = read(tmp_path)
+    assert [s.key for s in samples if isinstance(s, Sample)] == ['00000', '00001', 'i']
+    assert reasons(samples) == {'00000': 'duplicate key', 'a': 'no image', 'b': 'no caption', 'c': 'empty file', 'd': 'no caption', 'e': 'caption is not UTF-8', 'f': 'no caption',
+                                'g': 'caption is not UTF-8', 'h': 'no caption', 'i': 'duplicate key'}
+
+
+def test_broken_parquet_and_npz(tmp_path):
+    for name, write in (('0.parquet', lambda p: pd.DataFrame({'jpg': [picture()]*9, 'caption': ['x']*9}).to_parquet(p)), ('0.npz', lambda p: np.savez(p, data=np.zeros((9, 12), np.uint8)))):
+        folder = tmp_path/name[2:]
+        folder.mkdir()
+        write(folder/name)
+        whole = (folder/name).read_bytes()
+        assert len(good(read(folder))) == 9
+        for data, reason in ((b'', 'empty file'), (whole[:-20], 'damaged shard'), (b'garbage'*9, 'damaged shard')):
+            (folder/name).write_bytes(data)
+            assert [s.reason for s in read(folder)] == [reason]
+    with zipfile.ZipFile(tmp_path/'npz/0.npz', 'w') as archive:  # claims rows that are not there
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {'descr': '|u1', 'fortran_order': False, 'shape': (10**12, 12)})
+        archive.writestr('data.npy', header.getvalue() + bytes(60))
+    assert [s.reason for s in read(tmp_path/'npz')] == ['damaged shard']
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+def sixteen_bit(value, format='PNG'):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((6, 6), value, np.uint16)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def animated(format):
+    frames, buffer = [Image.new('RGB', (6, 6), c) for c in ('lime', 'red')], io.BytesIO()
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], lossless=True)
+    return buffer.getvalue()
+
+
+def clear(mode, format='PNG', **options):
+    buffer = io.BytesIO()
+    image = Image.new('RGBA', (6, 4), (0, 0, 0, 0)).convert(mode)
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def turned():
+    image, exif, buffer = Image.new('RGB', (4, 8), 'red'), Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    image.save(buffer, 'JPEG', exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('data, size, colour', [
+    (picture('red', mode='CMYK', format='JPEG'), (12, 8), (254, 0, 0)), (picture('red', mode='CMYK', format='TIFF'), (12, 8), (255, 0, 0)),
+    (picture('red', mode='P'), (12, 8), (255, 0, 0)), (picture('white', mode='1'), (12, 8), (255, 255, 255)), (picture('grey', mode='L'), (12, 8), (128, 128, 128)),
+    (picture('red', mode='YCbCr', format='JPEG'), (12, 8), (254, 0, 0)), (sixteen_bit(32896), (6, 6), (128, 128, 128)), (sixteen_bit(257*40, 'TIFF'), (6, 6), (40, 40, 40)),
+    (animated('GIF'), (6, 6), (0, 255, 0)), (animated('PNG'), (6, 6), (0, 255, 0)), (animated('WEBP'), (6, 6), (0, 255, 0)),
+    (clear('RGBA'), (6, 4), (255, 255, 255)), (clear('LA'), (6, 4), (255, 255, 255)), (clear('RGBA', 'WEBP', lossless=True), (6, 4), (255, 255, 255)),
+    (picture('black', mode='P', transparency=0), (12, 8), (255, 255, 255)), (picture('black', transparency=(0, 0, 0)), (12, 8), (255, 255, 255)), (turned(), (8, 4), (254, 0, 0))],
+    ids='CMYK-JPEG CMYK-TIFF P 1 L YCbCr 16-PNG 16-TIFF GIF APNG WEBP RGBA LA RGBA-WEBP P-clear RGB-clear turned'.split())
+def test_modes(data, size, colour):
+    image = decode_image(data)
+    assert image.mode == 'RGB' and image.size == size
+    assert np.abs(np.asarray(image).reshape(-1, 3).astype(int) - colour).max() <= 2
+
+
+def bomb(width=30000, height=30000):
+    "A PNG of a few bytes whose header claims a huge picture."
+    data = bytearray(picture())
+    data[16:24] = width.to_bytes(4, 'big') + height.to_bytes(4, 'big')
+    import zlib
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+    return bytes(data)
+
+
+@pytest.mark.parametrize('data, reason', [(bomb(), 'decompression bomb'), (bomb(9500, 9500), 'decompression bomb'), (picture()[:50], 'undecodable image'), (b'text', 'undecodable image'),
+                                          (picture(format='JPEG')[:-50], 'undecodable image')], ids=['bomb', 'a little too large', 'cut', 'text', 'JPEG cut'])
+def test_what_is_not_decoded(data, reason):
+    with pytest.raises(Undecodable, match='not a picture') as e: decode_image(data)
+    assert e.value.reason == reason
+
+
+def test_no_program_is_run_for_a_picture(monkeypatch):
+    ran = []
+    monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *args, **kwargs: ran.append(args))
+    with pytest.raises(Undecodable): decode_image(picture(format='EPS'))
+    assert not ran
+
+
+def test_every_reason_is_counted_with_its_shard_and_key(tmp_path):
+    strip = picture(size=(60000, 1))  # padded to a square it would be a bomb
+    write_tar(tmp_path/'raw/00000.tar', [*pairs(2), ('strip.png', strip), ('strip.txt', b'long'), ('cmyk.jpg', picture(mode='CMYK', format='JPEG')), ('cmyk.txt', b'ink'),
+                                         ('bomb.png', bomb()), ('bomb.txt', b'x'), ('cut.png', picture()[:50]), ('cut.txt', b'x'), ('blank.png', picture()), ('blank.txt', b''), *pairs(1)])
+    write_tar(tmp_path/'raw/00001.tar', pairs(3, first=50))
+    data = (tmp_path/'raw/00001.tar').read_bytes()
+    (tmp_path/'raw/00001.tar').write_bytes(data[:data.index(b'00052.txt') + 100])
+    report = prepare(Stub(), tmp_path/'raw', tmp_path/'out', progress=False)
+    assert report['shards'] == {'raw-00000': {'samples': 8, 'prepared': 4, 'skipped': {
+                                    'decompression bomb': ['bomb'], 'undecodable image': ['cut'], 'no caption': ['blank'], 'duplicate key': ['00000']}},
+                                'raw-00001': {'samples': 3, 'prepared': 2, 'skipped': {'truncated archive': ['00052']}}}
+    assert report['skipped'] == {'decompression bomb': 1, 'undecodable image': 1, 'no caption': 1, 'duplicate key': 1, 'truncated archive': 1}
+    assert report['samples'] == 11 == report['prepared'] + sum(report['skipped'].values())
+
+
+def test_empty_missing_and_oversized_files(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.data.MAX_BYTES', 5000)
+    files = own_pictures(tmp_path/'raw')
+    for f in files: (tmp_path/'raw'/f).with_suffix('.txt').write_text('a cat')
+    (tmp_path/'raw'/files[0]).write_bytes(b'')
+    (tmp_path/'raw'/files[1]).write_bytes(bytes(6000))
+    (tmp_path/'raw'/files[2]).unlink()
+    (tmp_path/'raw'/files[2]).symlink_to('nowhere.png')
+    (tmp_path/'raw'/files[3]).unlink()
+    (tmp_path/'raw'/files[3]).mkdir()
+    report = prepare(Stub(), tmp_path/'raw', tmp_path/'out', progress=False)
+    assert report['shards']['raw-00000']['skipped'] == {'empty file': [files[0]], 'file too large': [files[1]], 'no image': [files[2]], 'unreadable file': [files[3]]}
+
+
+# -- fuzz -----------------------------------------------------------------------------------------------------------
+FUZZ = int(os.environ.get('T2I_FUZZ', 60))  # T2I_FUZZ=1000 pytest tests/test_readers.py -k malformed
+
+def mutated(data, rng):
+    "Some bytes changed, cut out, repeated, or the end lost."
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        i, n = int(rng.integers(0, len(data) + 1)), int(rng.integers(1, 40))
+        match rng.integers(0, 5):
+            case 0: data[i:i + n] = rng.bytes(n)
+            case 1: del data[i:i + n]
+            case 2: data[i:i] = data[i:i + 20*n]
+            case 3: data[i:i + 1] = bytes([rng.choice([0, 255, 128, 1])])
+            case 4: del data[max(i, 1 if rng.random() < 0.9 else 0):]
+    return bytes(data)
+
+
+def any_picture(rng):
+    mode, format = 'RGB-JPEG CMYK-JPEG RGB-PNG P-PNG RGBA-PNG P-GIF RGB-WEBP RGB-TIFF RGB-BMP 1-TIFF'.split()[rng.integers(0, 10)].split('-')
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (int(rng.integers(1, 40)), int(rng.integers(1, 40)), 3), np.uint8)).convert(mode).save(buffer, format)
+    return buffer.getvalue()
+
+
+def any_caption(rng): return [b'a caption', b'', b' \n', b'\xff\xfe\x00', '漢字 🙂'.encode(), b'\0', rng.bytes(30), b'a'*5000, '\ufeff'.encode(), b'{"caption": 1}'][rng.integers(0, 10)]
+
+
+def malformed(folder, seed):
+    "A source with something wrong with it → how many samples it has at least."
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    spoil = lambda data, often=0.5: mutated(data, rng) if rng.random() < often else data
+    n = int(rng.integers(1, 6))
+    match seed % 6:
+        case 0:
+            for i in range(n):
+                (folder/f'{i}.png').write_bytes(spoil(any_picture(rng), 0.8))
+                (folder/f'{i}.txt').write_bytes(any_caption(rng))
+            return n
+        case 1:
+            members = [m for i in range(n) for m in (
+                (f'{i % 4}.{rng.choice(["jpg", "png"])}', spoil(any_picture(rng))), (f'{i % 4}.txt', any_caption(rng)), (f'{i % 4}.json', spoil(b'{"caption": "c"}')))]
+            path = write_tar(folder/'0.tar', members)
+            path.write_bytes(spoil(path.read_bytes(), 0.6))
+        case 2:
+            columns = {'key': lambda i: f'{i % 4}', 'image': lambda i: spoil(any_picture(rng)), 'caption': lambda i: any_caption(rng)}
+            pd.DataFrame({name: [column(i) for i in range(n)] for name, column in columns.items()}).to_parquet(folder/'0.parquet')
+            (folder/'0.parquet').write_bytes(spoil((folder/'0.parquet').read_bytes(), 0.6))
+        case 3:
+            (np.savez if rng.random() < 0.5 else np.savez_compressed)(folder/'0.npz', data=rng.integers(0, 256, (n, 192), np.uint8), labels=np.arange(n))
+            (folder/'0.npz').write_bytes(spoil((folder/'0.npz').read_bytes(), 0.9))
+        case 4 | 5:
+            kind = 'csv' if seed % 6 == 4 else 'jsonl'
+            for i in range(n): (folder/f'{i}.jpg').write_bytes(spoil(any_picture(rng), 0.3))
+            rows = [(f'{i}.jpg'.encode(), any_caption(rng)) for i in range(n)]
+            line = lambda f, c: json.dumps({'file': f.decode(), 'caption': c.decode('utf-8', 'surrogateescape')}).encode()
+            text = b'file,caption\n' + b''.join(f + b',' + c + b'\n' for f, c in rows) if kind == 'csv' else b''.join(line(f, c) + b'\n' for f, c in rows)
+            (folder/f'captions.{kind}').write_bytes(spoil(text, 0.7))
+            return n
+    return 1
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('part', range(10))
+def test_malformed_sources_never_stop_us_and_nothing_is_lost(tmp_path, part):
+    for seed in range(part*FUZZ//10, (part + 1)*FUZZ//10):
+        at_least = malformed(tmp_path/str(seed), seed)
+        try: prepare(Stub(), tmp_path/str(seed), tmp_path/f'{seed}.out', progress=False, workers=1)
+        except ValueError as e:
+            assert 'none of the' in str(e) or 'columns' in str(e), (seed, e)  # nothing was good, or the table has lost its head
+            if 'columns' in str(e): continue
+        report = json.loads((tmp_path/f'{seed}.out/report.json').read_text())
+        assert report['samples'] == report['prepared'] + sum(report['skipped'].values()) >= at_least, (seed, report)
+        assert all(sum(map(len, s['skipped'].values())) >= 1 for s in report['shards'].values() if s['samples'] > s['prepared']), (seed, report)

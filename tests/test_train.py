@@ -1,0 +1,136 @@
+"The training loop: several processes train as one does, and nothing is lost when a run dies."
+import random, resource, signal
+
+import pytest
+import torch
+from torch import nn
+
+from runs import CONFIG, PRESET, finish, kill_and_resume, prepared, start, stop, wait_for
+from t2i.core import load_into, load_weights, randn
+from t2i.decoder import decode, make_decoder, make_diffusion
+from t2i.train import Log, Task, train
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    prepared(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def whole(folder):
+    "A run of one process that nobody disturbs."
+    assert finish(start(folder/'whole')) == [0]
+    return folder/'whole'
+
+
+def losses(out, name='loss'): return torch.tensor([float(r[name]) for r in Log.read(out/'log.csv') if r[name]])
+
+
+def check_weights(out, steps):
+    "They load into the decoder of the pipeline, and draw."
+    weights, metadata = load_weights(out/'weights.safetensors')
+    assert metadata['examples'] == steps*CONFIG['batch_size']
+    model = load_into(make_decoder(PRESET), weights, out).eval()
+    assert decode(make_diffusion(PRESET), model, torch.zeros(1, 8), generator=0, steps=2, sampler='ddim').isfinite().all()
+
+
+@pytest.mark.parametrize('config', [dict(), dict(micro_batch=2)], ids=['data-parallel', 'accumulated'])
+def test_two_processes_train_as_one(folder, whole, config):
+    out = folder/'-'.join(['two', *config])
+    assert finish(start(out, world=2, **config)) == [0, 0]
+    assert len(losses(out)) == CONFIG['steps']
+    torch.testing.assert_close(losses(out), losses(whole), atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses(out, 'validation_loss'), losses(whole, 'validation_loss'), atol=1e-4, rtol=0)  # of the averaged weights
+    check_weights(out, CONFIG['steps'])
+
+
+def test_sharded_run_trains_as_one_and_goes_on_in_one_process(folder, whole):
+    out = folder/'sharded'
+    assert finish(start(out, world=2, fsdp=True, micro_batch=2, steps=10, decay_steps=CONFIG['steps'])) == [0, 0]
+    check_weights(out, 10)
+    assert finish(start(out)) == [0]
+    torch.testing.assert_close(losses(out), losses(whole), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('world, kills', [(1, 3), (2, 1)])
+def test_killed_run_is_resumed_exactly(folder, whole, world, kills):
+    if world == 2: assert finish(start(folder/'whole2', 2)) == [0, 0]
+    expected = (folder/('whole' if world == 1 else 'whole2')/'weights.safetensors').read_bytes()
+    for i, step in enumerate(random.Random(world).sample(range(1, CONFIG['steps'] - 5), kills)):
+        path = kill_and_resume(folder, world, f'killed{world}{i}', lambda out, processes: wait_for(out, step, processes))
+        assert path.read_bytes() == expected, f'killed at step {step} of {world} process(es)'
+
+
+def test_sigterm_leaves_a_checkpoint(folder, whole):
+    out = folder/'preempted'
+    processes = start(out, save_minutes=60.)
+    wait_for(out, 5, processes)
+    assert stop(processes, signal.SIGTERM) == [128 + signal.SIGTERM]
+    assert torch.load(out/'checkpoint.pt', weights_only=True)['step'] >= 5
+    assert finish(start(out)) == [0]
+    assert (out/'weights.safetensors').read_bytes() == (whole/'weights.safetensors').read_bytes()
+
+
+class Line(Task):
+    "y = 3x − 1; at step `bad_at` the loss is multiplied by `factor`."
+    def __init__(self, bad_at=None, factor=1.):
+        torch.manual_seed(0)
+        self.model, self.bad_at, self.factor, self.steps = nn.Linear(1, 1), bad_at, factor, 0
+    def __len__(self): return 64
+    def batch(self, indices, generators): return indices[:, None]/64., 3*indices[:, None]/64. - 1 + 0.1*randn((1,), generators)
+    def loss(self, model, batch):
+        self.steps += 1
+        loss = (model(batch[0]) - batch[1]).square().mean()
+        return {'loss': loss*self.factor if self.steps == self.bad_at else loss}
+
+
+LINE = dict(batch_size=16, learning_rate=0.01, steps=40, log_every=10, save_minutes=0)
+
+
+@pytest.mark.parametrize('factor, words', [(float('nan'), 'the loss is nan'), (float('inf'), 'the loss is inf'), (1e6, 'the loss rose from')])
+def test_exploding_loss_spares_the_checkpoint(tmp_path, factor, words):
+    with pytest.raises(FloatingPointError, match=f'{words}.*at step 17: lower the learning rate; the last good state is .*checkpoint.pt'):
+        train(Line(17, factor), LINE | {'log_every': 1}, tmp_path, device='cpu', progress=False)
+    state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert state['step'] == 16 and all(v.isfinite().all() for v in state['model'].values())
+
+
+def test_full_disk_spares_the_checkpoint(tmp_path):
+    class Padded(Line):
+        def __init__(self): super().__init__(); self.model.padding = nn.Parameter(torch.zeros(100_000))
+    train(Padded(), LINE | {'steps': 5}, tmp_path, device='cpu', progress=False)
+    before = (tmp_path/'checkpoint.pt').read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r'could not be written to at step 6 .*: make room and start again; .*checkpoint.pt is intact'):
+            train(Padded(), LINE | {'steps': 10}, tmp_path, device='cpu', progress=False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path/'checkpoint.pt').read_bytes() == before
+    assert not list(tmp_path.glob('.checkpoint*')), 'half a checkpoint was left behind'
+
+
+def test_pieces_of_a_batch_add_up(tmp_path):
+    for name, config in (('whole', {}), ('pieces', dict(micro_batch=4))): train(Line(), LINE | config | {'log_every': 1}, tmp_path/name, device='cpu', progress=False)
+    torch.testing.assert_close(losses(tmp_path/'pieces'), losses(tmp_path/'whole'), atol=1e-5, rtol=0)
+
+
+def test_compiled_run_has_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.Module, 'compile', lambda self: setattr(self, '_compiled_call_impl', torch.compile(self._call_impl, backend='eager')))
+    task = Line()
+    names = set(task.model.state_dict())
+    assert set(load_weights(train(task, LINE | {'compile': True}, tmp_path, device='cpu', progress=False))[0]) == names
+    assert task.model._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize('config, words', [
+    (dict(micro_batch=5), 'set micro_batch to a divisor of 16'), (dict(optimizer='sgd'), "unknown optimizer 'sgd': use 'adam' or 'adamw'"), (dict(decay='step'), "use 'linear', 'cosine' or 'constant'")])
+def test_bad_settings(tmp_path, config, words):
+    with pytest.raises(ValueError, match=words): train(Line(), LINE | config, tmp_path, device='cpu', progress=False)
+
+
+def test_contrastive_loss_is_not_cut(tmp_path):
+    class Contrast(Line): contrastive = True
+    with pytest.raises(ValueError, match='the loss of Contrast compares all examples of a batch'): train(Contrast(), LINE | {'micro_batch': 8}, tmp_path, device='cpu', progress=False)
