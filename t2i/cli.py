@@ -192,11 +192,12 @@ def train(
             typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, budget, seed, device, prepared))
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #663dee9c
+# %% ../nbs/lib/cli.ipynb #e5d1d0ac
 @app.command()
 def pack(
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     runs: Optional[Path] = typer.Option(None, help='Folder of the run; default: runs/<preset>.'),
+    prepared: Optional[Path] = typer.Option(None, help='The prepared shards of the training; default: those in the run.'),
     out: Optional[Path] = typer.Option(None, help="Folder for the weights; default: the preset's place in the package."),
 ):
     "Write the float16 weights, the statistics and the logs of a run to one folder, for `--folder` or to ship."
@@ -214,8 +215,9 @@ def pack(
             for kind in ('log.csv', 'energy.json'):
                 if (runs/stage/kind).exists():
                     with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
-        if (runs/'prepared/statistics.safetensors').exists():
-            tensors, metadata = load_weights(runs/'prepared/statistics.safetensors')
+        statistics = (prepared or runs/'prepared')/'statistics.safetensors'
+        if statistics.exists():
+            tensors, metadata = load_weights(statistics)
             written.append(save_weights(out/'statistics.safetensors', tensors, metadata))
         if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
         for path in written: typer.echo(f'{path}  {path.stat().st_size/1e6:.2f} MB')
@@ -233,13 +235,15 @@ def convert(
         for path in convert_checkpoints(source, target): typer.echo(path)
     except (ValueError, OSError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #39298230
+# %% ../nbs/lib/cli.ipynb #340b3eaa
 @app.command()
 def figures(
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     only: Optional[List[str]] = typer.Option(None, help="A number of the thesis, such as 5.10 or 'Table 5.1'; may be given several times. Default: all."),
     out: Path = typer.Option(Path('figures'), help='Folder; the executed chapters are kept in it too. A relative one lies in the repository.'),
-    device: Optional[str] = typer.Option(None),
+    folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship: the checkpoints of `thesis`.'),
+    data: Optional[Path] = typer.Option(None, help='Folder of MS-COCO, for `thesis`.'),
+    device: Optional[str] = typer.Option(None, help='cpu, cuda, …; default: the GPU if there is one.'),
 ):
     "Run the chapters that own figures and tables of the thesis. A chapter that fails does not stop the others; the exit code is then 1."
     import time
@@ -253,9 +257,11 @@ def figures(
     out = PACKAGE.parent/out
     out.mkdir(parents=True, exist_ok=True)
     chapters = sorted({e.notebook for e in wanted.values()})
+    given = {'preset': preset, 'out_dir': out, 'device': device, 'checkpoints': folder and folder.absolute(), 'data': data and data.absolute()}
     for chapter in (bar := tqdm(chapters, desc='chapters')):
         bar.set_postfix_str(chapter)
-        parameters = {'preset': preset, 'out_dir': str(out)} | ({'device': device} if device else {})
+        known = papermill.inspect_notebook(str(notebooks/f'{chapter}.ipynb'))
+        parameters = {k: str(v) for k, v in given.items() if v and k in known}
         try: papermill.execute_notebook(str(notebooks/f'{chapter}.ipynb'), str(out/f'{chapter}.ipynb'), parameters, progress_bar=False, log_output=False)
         except Exception as e: failed[chapter] = str(e).strip().splitlines()[-1]
     for number, e in wanted.items():

@@ -60,10 +60,15 @@ def load_preset(
     try: return Preset.nest({'name': path.stem, **tomllib.loads(path.read_text())})
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML ({e}): mend that line") from None
 
-# %% ../nbs/00_core.ipynb #5a5cb10c
+# %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
-    "`device`, or the GPU if there is one, or the CPU."
-    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have."
+    device, n = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), torch.cuda.device_count()
+    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))  # of several processes each has its own
+    if device.type == 'cuda' and device.index >= n:
+        raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA GPU here: take device='cpu', "
+                         "or see that nvidia-smi lists the GPU and that torch is built for its driver")
+    return device
 
 
 def has_fast_bfloat16(device) -> bool:

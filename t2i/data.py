@@ -330,11 +330,11 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
     if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
     return table[good].reset_index(drop=True)
 
-# %% ../nbs/01_data.ipynb #35a4a075
+# %% ../nbs/01_data.ipynb #e610041f
 class Standardizer:
     """Standardises embeddings: minus the mean, over the standard deviation of each dimension of the training set.
 
-    The thesis standardises the raw output of the encoders, not the normalised one (4.2.2; `facts` in the chapter on the decoder)."""
+    The thesis standardises the raw output of the encoders, not the normalised one (4.2.2; see the chapter on the decoder)."""
     def __init__(self, mean, std): self.mean, self.std = torch.as_tensor(mean), torch.as_tensor(std)
 
     def standardize(self, x: torch.Tensor) -> torch.Tensor:

@@ -170,7 +170,7 @@ def plot_training(
     plt.close(figure)
     return figure
 
-# %% ../nbs/lib/plots.ipynb #76f08758
+# %% ../nbs/lib/plots.ipynb #61468cfa
 def plot_bars(
     values: dict,         # name → value, or name → (value, error)
     ylabel: str = '',
@@ -181,8 +181,9 @@ def plot_bars(
     pairs = [v if isinstance(v, (tuple, list)) else (v, 0) for v in values.values()]
     figure, axis = plt.subplots(figsize=(0.6 + 0.9*len(values), 2.4), layout='constrained')
     heights, errors = zip(*pairs)
+    digits = max(0, 2 - math.floor(math.log10(max(map(abs, heights)) or 1)))  # three in the highest
     bars = axis.bar([textwrap.fill(k, 12) for k in values], heights, 0.6, yerr=errors if any(errors) else None, capsize=3, color='steelblue')
-    axis.bar_label(bars, [f'{h:.3g}' for h in heights], label_type='center', color='white', fontsize=8)
+    axis.bar_label(bars, [f'{h:.{digits}f}' for h in heights], label_type='center', color='white', fontsize=8)
     if floor is not None: axis.axhline(floor, ls='--', color='grey', lw=1)
     axis.set(ylabel=ylabel, title=title)
     axis.tick_params(axis='x', labelsize=8)

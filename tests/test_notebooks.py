@@ -53,7 +53,7 @@ def test_chapters_have_one_cell_of_parameters(path):
     assert len(tagged) == 1
     tree = ast.parse(''.join(tagged[0]['source']))
     assert all(isinstance(s, ast.Assign) for s in tree.body), 'papermill needs plain assignments'
-    assert {'preset', 'seed', 'out_dir'} <= {t.id for s in tree.body for t in s.targets}
+    assert {'preset', 'seed', 'device', 'out_dir'} <= {t.id for s in tree.body for t in s.targets}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)

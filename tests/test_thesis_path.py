@@ -17,8 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import stand_ins
-from t2i import pipeline
 from t2i.cli import app
+from t2i.core import get_device
 from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants
 from t2i.pipeline import TextToImage, draw_to_folder, process_share
 
@@ -242,7 +242,7 @@ def test_no_cuda(monkeypatch, tmp_path, n, device, found):
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 4)
     monkeypatch.setenv('LOCAL_RANK', '3')
-    assert pipeline.usable_device('cuda') == torch.device('cuda:3') and pipeline.usable_device('cuda:1') == torch.device('cuda:1')
+    assert get_device('cuda') == torch.device('cuda:3') and get_device('cuda:1') == torch.device('cuda:1')
 
 
 def out_of_memory(*arguments, **options):
