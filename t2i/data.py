@@ -153,7 +153,7 @@ def webp(image: Image.Image) -> bytes:
 
 def _draw(svg, size): return webp(rasterise(svg, size))
 
-# %% ../nbs/01_data.ipynb #0d5d95f8
+# %% ../nbs/01_data.ipynb #a39898b2
 NEAR_DUPLICATE = 0.05
 
 def _miniature(image: Image.Image) -> np.ndarray:
@@ -165,7 +165,9 @@ def _cropped(image: Image.Image) -> Image.Image:
     ink = np.asarray(image).min(axis=2) < 250
     if not ink.any(): return image
     ys, xs = np.where(ink.any(1))[0], np.where(ink.any(0))[0]
-    return square(image.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)), 64)
+    shown = image.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
+    (left, right), (top, bottom) = (((gap := max(shown.size) - s)//2, gap - gap//2) for s in shown.size)
+    return square(ImageOps.expand(shown, (left, top, right, bottom), 'white'), 64)
 
 
 def fingerprints(images) -> tuple:
