@@ -77,8 +77,10 @@ def stop(processes, number=signal.SIGKILL) -> list:
 def wait_for(out, step: int, processes, timeout=400):
     "Until the log of a run has reached a step."
     until = time.time() + timeout
-    while time.time() < until and any(p.is_alive() for p in processes):
+    while time.time() < until:
+        alive = any(p.is_alive() for p in processes)  # before the log is read: a run that is over has written it
         if any(int(r['step']) >= step for r in Log.read(Path(out)/'log.csv')): return
+        if not alive: break
         time.sleep(0.01)
     raise AssertionError(f'{out} did not reach step {step}: exit codes {[p.exitcode for p in processes]}')
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from runs import CONFIG, PRESET, finish, kill_and_resume, prepared, start, stop, wait_for
+from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
 from t2i.core import load_into, load_weights, randn
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.train import Log, Task, train
@@ -54,20 +54,31 @@ def test_sharded_run_trains_as_one_and_goes_on_in_one_process(folder, whole):
     torch.testing.assert_close(losses(out), losses(whole), atol=1e-5, rtol=0)
 
 
+def in_time(attempt, tries=5):
+    "`attempt(name)`, again under another name if the run was over before anything could be done to it."
+    for i in range(tries):
+        try: return attempt(f'try{i}')
+        except TooLate: pass
+    raise AssertionError(f'each of {tries} runs was over before it was stopped')
+
+
 @pytest.mark.parametrize('world, kills', [(1, 3), (2, 1)])
 def test_killed_run_is_resumed_exactly(folder, whole, world, kills):
     if world == 2: assert finish(start(folder/'whole2', 2)) == [0, 0]
     expected = (folder/('whole' if world == 1 else 'whole2')/'weights.safetensors').read_bytes()
     for i, step in enumerate(random.Random(world).sample(range(1, CONFIG['steps'] - 5), kills)):
-        path = kill_and_resume(folder, world, f'killed{world}{i}', lambda out, processes: wait_for(out, step, processes))
+        path = in_time(lambda name: kill_and_resume(folder, world, f'killed{world}{i}{name}', lambda out, processes: wait_for(out, step, processes)))
         assert path.read_bytes() == expected, f'killed at step {step} of {world} process(es)'
 
 
 def test_sigterm_leaves_a_checkpoint(folder, whole):
-    out = folder/'preempted'
-    processes = start(out, save_minutes=60.)
-    wait_for(out, 5, processes)
-    assert stop(processes, signal.SIGTERM) == [128 + signal.SIGTERM]
+    def attempt(name):
+        processes = start(folder/f'preempted{name}', save_minutes=60.)
+        wait_for(folder/f'preempted{name}', 5, processes)
+        if (codes := stop(processes, signal.SIGTERM)) == [0]: raise TooLate
+        assert codes == [128 + signal.SIGTERM]
+        return folder/f'preempted{name}'
+    out = in_time(attempt)
     assert torch.load(out/'checkpoint.pt', weights_only=True)['step'] >= 5
     assert finish(start(out)) == [0]
     assert (out/'weights.safetensors').read_bytes() == (whole/'weights.safetensors').read_bytes()
