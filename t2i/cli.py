@@ -128,16 +128,16 @@ def prepare_command(
         if state.is_main_process: _tell(report, out)
     except (ValueError, FileNotFoundError, RuntimeError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #4eff00dd
-def _prepare(preset, runs: Path):
+# %% ../nbs/lib/cli.ipynb #0b16d100
+def _prepare(preset, runs: Path, device=None):
     "The prepared shards of a run, made with its CLIP if they are missing."
     from t2i.clip import CLIP
     from t2i.data import SHARDS, prepare
     folder = runs/'prepared'
     if not (folder/'statistics.safetensors').exists():
         weights = runs/'clip/weights.safetensors'
-        if weights.exists(): clip = CLIP.load(preset.clip, weights)
-        else: clip = CLIP.from_preset(preset)  # the shipped one
+        if weights.exists(): clip = CLIP.load(preset.clip, weights, device)
+        else: clip = CLIP.from_preset(preset, device)  # the shipped one
         _tell(prepare(clip, SHARDS, folder, preset.data.image_size), folder)
     return folder
 
@@ -147,7 +147,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     import torch
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    if stage in ('translator', 'decoder'): prepared = prepared or _prepare(preset, runs)
+    if stage in ('translator', 'decoder'): prepared = prepared or _prepare(preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     if stage == 'clip':
         from t2i.clip import ClipTask

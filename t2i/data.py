@@ -486,7 +486,7 @@ def _record(out, shard) -> 'tuple | None':
     whole = record.get('signature') == shard.signature and all((out/s/f'{shard.name}.safetensors').is_file() for s in record['splits'])
     return (tensors, record) if whole else None
 
-# %% ../nbs/01_data.ipynb #4713426d
+# %% ../nbs/01_data.ipynb #9bdd29cc
 def prepare(
     clip,  # has encode_images and encode_captions; with an image_size, it is given pictures of that size
     sources: 'str | Path | list',  # one or more folders of raw data
@@ -503,7 +503,7 @@ def prepare(
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from tqdm.auto import tqdm
-    state, out = PartialState(cpu=get_device().type == 'cpu'), Path(out)
+    state, out = PartialState(cpu=get_device(getattr(clip, 'device', None)).type == 'cpu'), Path(out)
     shards = _named(sources, class_captions)
     settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip.encode_captions(['a picture'])[0].tolist()}
     _check_out(out, shards, settings)

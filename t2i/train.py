@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'Task', 'step_generator', 'batch_indices', 'learning_rate_factor', 'ema_rate', 'ema_update', 'Energy', 'Log',
-           'TrainConfig', 'train']
+           'TrainConfig', 'make_config', 'train']
 
-# %% ../nbs/lib/train.ipynb #99c733d0
+# %% ../nbs/lib/train.ipynb #4f567566
 import contextlib, csv, math, signal, threading, time, warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ class Log:
         if self.writer:
             for k, v in values.items(): self.writer.add_scalar(k, float(v), step)
 
-# %% ../nbs/lib/train.ipynb #c0549af6
+# %% ../nbs/lib/train.ipynb #902bacc4
 @dataclass
 class TrainConfig:
     "How a model is trained; the `[train.<stage>]` section of a preset."
@@ -130,7 +130,7 @@ class TrainConfig:
     decay: str = 'linear'              # 'linear', 'cosine' or 'constant'
     final_learning_rate: float = 0.    # share of learning_rate at the end of the decay
     steps: int = 1000                  # length of the run
-    decay_steps: 'int | None' = None   # length of the decay, if it is longer than the run (facts: 800,000 for 500,000)
+    decay_steps: 'int | None' = None   # length of the decay, if it is longer than the run (the thesis: 800,000 for 500,000)
     clip_norm: float = 1.              # maximum norm of the gradient
     ema: float = 0.                    # rate of the moving average; 0: none
     explosion: float = 10.             # a loss of so many times the lowest one so far ends the run
@@ -143,6 +143,16 @@ class TrainConfig:
     keep_best: str = ''                # validation number whose minimum is kept; empty: the last weights are
     patience: int = 0                  # validations without a new best before stopping; 0: no early stopping
     cpu: dict = field(default_factory=dict)  # what is different without a GPU
+
+
+def make_config(config, device: torch.device) -> TrainConfig:
+    "The settings on this hardware; a `ValueError` names a key that is none."
+    if isinstance(config, dict):
+        known = {f.name for f in fields(TrainConfig)}
+        for key in (*config, *config.get('cpu', ())):
+            if key not in known: raise ValueError(f"a training has no setting {key!r}: use {', '.join(sorted(known))}")
+        config = TrainConfig(**config)
+    return replace(config, **config.cpu) if device.type == 'cpu' else config
 
 
 def train(
@@ -160,7 +170,7 @@ def train(
     Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, and `SystemExit(143)` after SIGTERM; the last checkpoint is intact each time."""
     return _Run(task, config, out, seed, device, hours, initial, progress).run()
 
-# %% ../nbs/lib/train.ipynb #0cc3daa2
+# %% ../nbs/lib/train.ipynb #1b02016b
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a model in one piece, wherever its pieces are
 
 
@@ -169,8 +179,7 @@ class _Run:
         from accelerate import Accelerator
         self.task, self.out, self.seed, self.hours = task, Path(out), seed, hours
         device = get_device(device)
-        self.c = c = config if isinstance(config, TrainConfig) else TrainConfig(**config)
-        if device.type == 'cpu': self.c = c = replace(c, **c.cpu)
+        self.c = make_config(config, device)
         self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if has_fast_bfloat16(device) else 'no')
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
@@ -321,8 +330,8 @@ class _Run:
         if picture is not None and self.main:
             with self.write(), atomic_path(self.out/f'samples/{self.step:07}.png') as tmp: picture.save(tmp, format='png')
 
-    def agree(self, *values, op=dist.ReduceOp.MAX if dist.is_available() else None) -> list:
-        "The greatest of each value among the processes."
+    def agree(self, *values, op=dist.ReduceOp.MAX) -> list:
+        "The greatest, or with `SUM` the sum, of each value among the processes."
         if self.group is None: return list(values)
         together = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(together, op, self.group)
@@ -330,7 +339,7 @@ class _Run:
 
     def means(self, sums, count, lowest) -> dict:
         "The mean of each number over steps and processes; an error if training has gone astray."
-        totals = self.agree(*(float(v)/count/self.processes for v in sums.values()), op=dist.ReduceOp.SUM) if self.group else [float(v)/count for v in sums.values()]
+        totals = self.agree(*(float(v)/count/self.processes for v in sums.values()), op=dist.ReduceOp.SUM)
         row = dict(zip(sums, totals))
         good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
         if not all(map(math.isfinite, totals)): raise FloatingPointError(f"the loss is {row['loss']} and the gradient's norm {row['gradient_norm']} at step {self.step}: lower the learning rate; {good}")

@@ -137,7 +137,7 @@ def test_compiled_run_has_the_same_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('config, words', [
-    (dict(micro_batch=5), 'set micro_batch to a divisor of 16'), (dict(optimizer='sgd'), "unknown optimizer 'sgd': use 'adam' or 'adamw'"), (dict(decay='step'), "use 'linear', 'cosine' or 'constant'")])
+    (dict(micro_batch=5), 'set micro_batch to a divisor of 16'), (dict(learning_rat=1.), "a training has no setting 'learning_rat': use .*learning_rate"), (dict(cpu=dict(steps_=1)), "no setting 'steps_'"), (dict(optimizer='sgd'), "unknown optimizer 'sgd': use 'adam' or 'adamw'"), (dict(decay='step'), "use 'linear', 'cosine' or 'constant'")])
 def test_bad_settings(tmp_path, config, words):
     with pytest.raises(ValueError, match=words): train(Line(), LINE | config, tmp_path, device='cpu', progress=False)
 
