@@ -1,14 +1,15 @@
 """Is `prepare` bounded by decoding? Its rate with an encoder that costs nothing, against Pillow alone on the same files with as many threads.
 
 python benchmarks/prepare.py [pictures] → benchmarks/results/prepare.json"""
-import io, os, platform, statistics, sys, tarfile, tempfile, time
+import io, os, statistics, sys, tarfile, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, __version__, features
+from PIL import Image, features
 
+from measure import RESULTS, machine
 from t2i.core import save_json
 from t2i.data import prepare
 
@@ -54,7 +55,4 @@ if __name__ == '__main__':
         with tempfile.TemporaryDirectory() as d: alone, ours = zip(*rates(list(jpegs(n, size, np.random.default_rng(0))), Path(d)))
         result[name] = {'pillow': statistics.median(alone), 'prepare': statistics.median(ours), 'ratios': (ratios := [o/a for a, o in zip(alone, ours)]), 'ratio': statistics.median(ratios)}
         print(name, result[name])
-    processor = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if 'model name' in line), platform.processor())
-    save_json(Path(__file__).parent/'results/prepare.json', {
-        'images_per_second': result, 'pictures': n, 'cores': CORES, 'processor': processor, 'load': os.getloadavg()[0], 'python': platform.python_version(),
-        'pillow': __version__, 'libjpeg_turbo': features.version_feature('libjpeg_turbo'), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')})
+    save_json(RESULTS/'prepare.json', {'images_per_second': result, 'pictures': n, **machine(), 'libjpeg_turbo': features.version_feature('libjpeg_turbo')})

@@ -3,6 +3,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name: module; imported when first used, so that `import t2i` costs nothing
     "TextToImage": "pipeline",
+    "upsample": "pipeline",
     "CLIP": "clip",
     "Diffusion": "diffusion",
     "UNet": "unet",

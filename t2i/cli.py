@@ -14,9 +14,9 @@ import typer
 
 from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, save_weights
 
-# %% ../nbs/lib/cli.ipynb #18296ac1
+# %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
-STAGES = {'clip': 0.35, 'translator': 0.05, 'decoder': 0.5, 'classifier': 0.1}  # and the share of the time that each gets
+STAGES = {'clip': 0.3, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}  # and the share of the time that each gets
 
 
 def _say(sentence: str):
@@ -24,7 +24,7 @@ def _say(sentence: str):
     typer.echo(sentence, err=True)
     raise typer.Exit(1)
 
-# %% ../nbs/lib/cli.ipynb #9e58bfb3
+# %% ../nbs/lib/cli.ipynb #b80206e7
 @app.command()
 def generate(
     captions: Optional[List[str]] = typer.Argument(None, help='One or more captions.'),
@@ -34,7 +34,7 @@ def generate(
     out: Path = typer.Option(Path('t2i.png'), help='A .png for a grid with captions, or a folder for single pictures.'),
     steps: Optional[int] = typer.Option(None, help="Sampling steps; default: the preset's."),
     guidance_scale: Optional[float] = typer.Option(None, help="Classifier-free guidance; default: the preset's."),
-    upsample: bool = typer.Option(False, '--upsample', help='Enlarge the pictures; a grid shows the class that the upsampler took each for.'),
+    upsample: bool = typer.Option(False, '--upsample', help='Enlarge the pictures; a grid shows the class that an upsampler with classes took each for.'),
     batch_size: Optional[int] = typer.Option(None, help='Pictures drawn at once: a matter of speed and memory.'),
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship.'),
@@ -53,7 +53,7 @@ def generate(
         pictures = TextToImage.from_preset(preset, device, folder)(
             captions, num_images_per_prompt=n, generator=seed, num_inference_steps=steps, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=True)
         below = [c for c in captions for _ in range(n)]
-        if upsample: below = [f"{c} ({picture.info['label']})" for c, picture in zip(below, pictures)]
+        if upsample: below = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, pictures)]
         for path in _write_pictures(pictures, below, n, out): typer.echo(path)
     except (ValueError, FileNotFoundError, RuntimeError) as e: _say(str(e))
 
@@ -128,7 +128,7 @@ def prepare_command(
         if state.is_main_process: _tell(report, out)
     except (ValueError, FileNotFoundError, RuntimeError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #0b16d100
+# %% ../nbs/lib/cli.ipynb #b0a80ec3
 def _prepare(preset, runs: Path, device=None):
     "The prepared shards of a run, made with its CLIP if they are missing."
     from t2i.clip import CLIP
@@ -142,12 +142,17 @@ def _prepare(preset, runs: Path, device=None):
     return folder
 
 
-def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None) -> Path:
+def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None) -> Path:
     "Train one stage of a preset in the folder `runs` → the path of its weights."
     import torch
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    if stage in ('translator', 'decoder'): prepared = prepared or _prepare(preset, runs, device)
+    if stage == 'upsampler':
+        from t2i.data import draw_large
+        size = preset.upsampler.image_size
+        if prepared and not large: raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the folder of those with --large")
+        large = large or draw_large(Path(f'cache/emoji_{size}'), size)
+    if stage in ('translator', 'decoder', 'upsampler'): prepared = prepared or _prepare(preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     if stage == 'clip':
         from t2i.clip import ClipTask
@@ -158,9 +163,15 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     elif stage == 'translator':
         from t2i.translator import TranslatorTask
         task = TranslatorTask(preset, prepared)
+    elif stage == 'upsampler':
+        from t2i.upsampler import UpsamplerTask
+        task = UpsamplerTask(preset, prepared, large)
     else:
+        from t2i.checkpoints import load_checkpoint
         from t2i.decoder import DecoderTask
-        task = DecoderTask(preset, prepared)
+        from t2i.translator import make_translator
+        trained = runs/'translator/weights.safetensors'
+        task = DecoderTask(preset, prepared, load_checkpoint(make_translator(preset), 'translator', trained).eval() if trained.exists() else None)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours)
 
 
@@ -171,6 +182,7 @@ def train(
     out: Optional[Path] = typer.Option(None, help='Folder of the run; default: runs/<preset>.'),
     hours: Optional[float] = typer.Option(None, help='Time budget, shared by the stages that are trained; what is left of it is used when a run goes on.'),
     prepared: Optional[Path] = typer.Option(None, help='Folder that `t2i prepare` wrote; default: the one in the run, made from the emoji if it is missing.'),
+    large: Optional[Path] = typer.Option(None, help='The same pictures at the size of the upsampler, prepared; default: the emoji, drawn into cache/emoji_256.'),
     data: Optional[List[Path]] = typer.Option(None, help='Folder of your own pictures and captions: trains translator and decoder on them, from the weights that ship.'),
     scratch: bool = typer.Option(False, '--scratch', help='With --data: start from random weights.'),
     seed: int = typer.Option(0),
@@ -189,7 +201,7 @@ def train(
         wanted = {s: share for s, share in STAGES.items() if stage == s or stage == 'all' and s in settings.get('train', {})}
         for each, share in wanted.items():
             budget = hours and hours*share/sum(wanted.values())
-            typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, budget, seed, device, prepared))
+            typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, budget, seed, device, prepared, large))
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e: _say(str(e))
 
 # %% ../nbs/lib/cli.ipynb #e5d1d0ac

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'EXHIBITS', 'in_test', 'Preset', 'preset_names', 'load_preset', 'get_device',
-           'has_fast_bfloat16', 'autocast', 'make_generators', 'randn', 'on_white', 'square', 'from_uint8', 'to_uint8',
-           'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit',
-           'exhibit', 'exhibit_path', 'save_figure', 'save_table']
+           'has_fast_bfloat16', 'autocast', 'keep_freed_memory', 'make_generators', 'randn', 'on_white', 'square',
+           'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
+           'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
-# %% ../nbs/00_core.ipynb #0c91a145
-import contextlib, io, json, os, pickle, re, sys, tempfile, warnings, zipfile
+# %% ../nbs/00_core.ipynb #8a74e6d9
+import contextlib, ctypes, io, json, os, pickle, re, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,16 @@ def autocast(device):
     device = torch.device(device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device))
 
-# %% ../nbs/00_core.ipynb #3c75b7b2
+# %% ../nbs/00_core.ipynb #4597109d
+def keep_freed_memory():
+    "Let this process keep freed memory for its next tensor. Only glibc has the switch; elsewhere nothing happens."
+    if not sys.platform.startswith('linux'): return
+    mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), 'mallopt', None), -1, -3  # names of malloc.h
+    if mallopt and mallopt(mmap_threshold, 2**28): mallopt(trim_threshold, 2**31 - 1)
+
+keep_freed_memory()
+
+# %% ../nbs/00_core.ipynb #1b2a2f69
 def make_generators(
     generator: 'int | torch.Generator | list | None',  # a seed, a source of seeds, a list with one seed or generator per image, or None
     n: int,  # number of images
@@ -103,7 +112,8 @@ def randn(
     device='cpu',
 ) -> torch.Tensor:
     "Standard normal noise of shape [n, *shape], one generator per image."
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)  # a GPU fetches it while it computes
 
 # %% ../nbs/00_core.ipynb #7954930d
 def on_white(image: Image.Image) -> Image.Image:

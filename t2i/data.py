@@ -7,16 +7,16 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji', 'icon_codes', 'is_test_keyword',
            'emoji_captions', 'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates',
            'split_emoji', 'build_emoji', 'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'decodable',
-           'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics',
-           'training_statistics', 'prepare', 'PreparedDataset']
+           'emoji_svgs', 'draw_large', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
+           'merged_statistics', 'training_statistics', 'prepare', 'PreparedDataset']
 
-# %% ../nbs/01_data.ipynb #d6665ad1
+# %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, subprocess, tarfile, time, unicodedata, warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +331,45 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
     good = table['image'].map(works).astype(bool)
     if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
     return table[good].reset_index(drop=True)
+
+# %% ../nbs/01_data.ipynb #7be801c8
+def emoji_svgs(
+    table: pd.DataFrame,  # rows of the emoji shards, with key and source
+    cache: 'str | Path' = 'cache/npm',  # where npm packages are kept
+) -> list:
+    "The SVG document of each row."
+    documents = {}
+    for source in table.source.unique():
+        package, version = source.removeprefix('npm:').rsplit('@', 1)
+        documents[source] = json.loads((fetch_npm(package, version, cache)/'icons.json').read_text())
+    return [icon_svg(documents[source]['icons'][key.split('/', 1)[1]], documents[source]) for key, source in zip(table.key, table.source)]
+
+
+def _pixels(svg, size): return np.asarray(rasterise(svg, size))
+
+
+def draw_large(
+    out: 'str | Path' = 'cache/emoji_256',  # gets a folder of shards for each split: `images` uint8 [n, size, size, 3], and their keys
+    size: int = 256,  # pixels of a side
+    cache: 'str | Path' = 'cache/npm',  # where npm packages are kept
+    limit: 'int | None' = None,  # only the first pictures of each split, for a try
+    rows_per_shard: int = 250,
+    progress: bool = True,
+) -> Path:
+    "The pictures of the emoji shards, drawn at another size; open a split with `PreparedDataset(out/split)`. A `RuntimeError` says so if npm, the network or resvg is missing."
+    from tqdm.auto import tqdm
+    tables = {split: load_emoji(split, ['key', 'source'])[:limit] for split in ('train', 'validation', 'test')}
+    todo = [(Path(out)/split/f'{i:05}.safetensors', table[first:first + rows_per_shard])
+            for split, table in tables.items() for i, first in enumerate(range(0, len(table), rows_per_shard))]
+    todo = [(path, rows) for path, rows in todo if not path.exists()]
+    if not todo: return Path(out)
+    svgs = iter(emoji_svgs(pd.concat([rows for _, rows in todo]), cache))
+    with ProcessPoolExecutor() as pool, tqdm(total=sum(len(rows) for _, rows in todo), desc='drawing', disable=not progress) as bar:
+        for path, rows in todo:
+            images = torch.from_numpy(np.stack(list(pool.map(_pixels, islice(svgs, len(rows)), repeat(size), chunksize=16))))
+            save_weights(path, {'images': images}, {'keys': list(rows.key)})
+            bar.update(len(rows))
+    return Path(out)
 
 # %% ../nbs/01_data.ipynb #e610041f
 class Standardizer:

@@ -105,16 +105,18 @@ def decode(
         denoiser = guided_denoiser(diffusion, model, y.to(device), guidance_scale, thresholding, percentile)
         return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook, progress=progress).clamp(-1, 1)
 
-# %% ../nbs/03_decoder.ipynb #c5502c5d
+# %% ../nbs/03_decoder.ipynb #0faa63fa
 class DecoderTask(Task):
     "Train a preset's decoder on prepared shards."
     def __init__(
         self,
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote
+        translator=None,  # standardised text embeddings → image embeddings; with it, samples are drawn from captions as well, if there are any
     ):
         self.preset, prepared = load_preset(preset), Path(prepared)
         self.data, self.held_out = PreparedDataset(prepared/'train'), PreparedDataset(prepared/'validation')
+        self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.diffusion, self.model = make_diffusion(self.preset), make_decoder(self.preset)
 
@@ -141,11 +143,13 @@ class DecoderTask(Task):
         return {f'validation_{k}': sum(v)/len(x_0) for k, v in zip(losses, zip(*parts))}
 
     def samples(self, model, n=12):
-        "Held-out pictures above what the decoder makes of their embeddings."
-        x_0, y = self.examples(self.held_out, torch.arange(min(n, len(self.held_out))))
-        s = self.preset.sampling
-        drawn = decode(self.diffusion, model, y, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding)
-        return image_grid(torch.cat([x_0, drawn.cpu()]), columns=len(x_0))
+        "Held-out pictures, always the same, above what the decoder makes of their embeddings and, with a translator, of their captions."
+        indices, s = torch.arange(min(n, len(self.held_out))), self.preset.sampling
+        x_0, y = self.examples(self.held_out, indices)
+        rows = [y]
+        if self.translator: rows.append(self.translator(self.statistics.text.standardize(self.held_out.text_embeddings(indices)[:, 0])))
+        drawn = [decode(self.diffusion, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding).cpu() for row in rows]
+        return image_grid(torch.cat([x_0, *drawn]), columns=len(x_0))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'target': self.diffusion.target}
 

@@ -34,7 +34,7 @@ def _captions_for(pictures, captions):
         raise ValueError(f"{len(captions)} captions were given for {len(pictures)} images: give one for each")
     return list(captions)
 
-# %% ../nbs/lib/plots.ipynb #1a6b2798
+# %% ../nbs/lib/plots.ipynb #c0c7da64
 def show_images(
     images,                 # see `as_pictures`
     captions: list = None,  # one for each image, wrapped beneath it
@@ -51,7 +51,7 @@ def show_images(
     figure, axes = plt.subplots(rows, columns, figsize=(size*columns, height*rows + 0.3*bool(title)), squeeze=False, layout='constrained')
     for axis in axes.flat: axis.axis('off')
     for axis, picture, text in zip(axes.flat, pictures, below):
-        axis.imshow(picture, interpolation='nearest')
+        axis.imshow(picture, interpolation='nearest' if picture.width <= 100*size else 'antialiased')
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha='center', va='top', fontsize=7.5)
     if title: figure.suptitle(title, fontsize=10)
     plt.close(figure)  # a notebook shows what a cell returns; left open it would be shown twice

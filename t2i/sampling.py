@@ -77,7 +77,7 @@ def ddim(
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 
-# %% ../nbs/lib/sampling.ipynb #690baab9
+# %% ../nbs/lib/sampling.ipynb #3a42a95d
 @torch.no_grad()
 def dpm_solver_pp(
     denoiser,  # function (x_t, t) → (eps, log_variance); the variance is not used
@@ -90,12 +90,13 @@ def dpm_solver_pp(
     "DPM-Solver++(2M) on the predicted image (Lu et al., 2022, Algorithm 2)."
     a, a_next = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     lambdas, lambdas_next = ((v/(1 - v)).log()/2 for v in (a, a_next))  # where step t starts, and where it ends
+    length, shrink, ends = (v.tolist() for v in (lambdas_next - lambdas, ((1 - a_next)/(1 - a)).sqrt(), a_next.sqrt()))  # numbers: nothing to fetch in the loop
     x, x_0_before, h_before = x_T, None, None
     for step, t in _timesteps(diffusion, x, progress):
         eps, _ = denoiser(x, t)
-        x_0, h = diffusion.x0_from_eps(x, t, eps), (lambdas_next[step] - lambdas[step]).item()
+        x_0, h = diffusion.x0_from_eps(x, t, eps), length[step]
         middle = x_0 if x_0_before is None or step == 0 else x_0 + h/(2*h_before)*(x_0 - x_0_before)
-        x = ((1 - a_next[step])/(1 - a[step])).sqrt().item()*x - a_next[step].sqrt().item()*math.expm1(-h)*middle
+        x = shrink[step]*x - ends[step]*math.expm1(-h)*middle
         x_0_before, h_before = x_0, h
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)

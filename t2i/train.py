@@ -170,7 +170,7 @@ def train(
     Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, and `SystemExit(143)` after SIGTERM; the last checkpoint is intact each time."""
     return _Run(task, config, out, seed, device, hours, initial, progress).run()
 
-# %% ../nbs/lib/train.ipynb #1b02016b
+# %% ../nbs/lib/train.ipynb #a1544949
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a model in one piece, wherever its pieces are
 
 
@@ -297,6 +297,12 @@ class _Run:
         if self.average: ema_update(self.average, self.parameters, ema_rate(c.ema, self.step))
         return {**numbers, 'gradient_norm': norm.full_tensor() if hasattr(norm, 'full_tensor') else norm}
 
+    def utilisation(self) -> float:
+        "The share of the hardware that is busy: of the GPU as its driver says, of a processor's threads since the last call."
+        if self.accelerator.device.type == 'cuda': return torch.cuda.utilization(self.accelerator.device)/100
+        (busy, wall), self.clock = self.clock, (time.process_time(), time.time())
+        return (self.clock[0] - busy)/(self.clock[1] - wall)/torch.get_num_threads()
+
     # -- what happens now and then: in all processes alike, so that none waits for another -----------------------
     @contextlib.contextmanager
     def evaluation(self):
@@ -363,7 +369,7 @@ class _Run:
         if can_signal: handler = signal.signal(signal.SIGTERM, self.terminate)
         self.model.train()
         start, saved = time.time() - self.elapsed, time.time()
-        sums, since, since_time = {}, 0, time.time()
+        sums, since, since_time, self.clock = {}, 0, time.time(), (time.process_time(), time.time())
         try:
             with tqdm(total=self.c.steps, initial=self.step, desc=self.out.name, disable=not self.progress, mininterval=5) as bar:
                 while not self.finished and not self.terminated:
@@ -376,7 +382,7 @@ class _Run:
                         numbers = self.means(sums, since, lowest)  # before anything is saved
                     if self.step % self.c.log_every == 0 or self.finished:
                         row = numbers | {'learning_rate': self.optimizer.param_groups[0]['lr'], 'seconds': self.elapsed,
-                                         'examples_per_second': since*self.c.batch_size/(time.time() - since_time)}
+                                         'examples_per_second': since*self.c.batch_size/(time.time() - since_time), 'utilisation': self.utilisation()}
                         lowest = min(lowest, row['loss'])
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                         sums, since, since_time = {}, 0, time.time()

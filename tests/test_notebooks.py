@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (REPOSITORY/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-9]_', p.name)]
 # a module imports from rows above its own only
-LAYERS = [['core', 'readers'], ['plots', 'train', 'metrics', 'data', 'diffusion'], ['clip'], ['guidance', 'sampling', 'image_guidance'], ['unet'],
+LAYERS = [['core', 'readers'], ['plots', 'train', 'metrics', 'data', 'diffusion', 'benchmarks'], ['clip'], ['guidance', 'sampling', 'image_guidance'], ['unet'],
           ['diagrams', 'checkpoints'], ['decoder', 'translator', 'upsampler', 'classifier'], ['pipeline'], ['experiments', 'clip_algebra', 'own_data'], ['cli']]
 
 def name(path): return str(path.relative_to(REPOSITORY))

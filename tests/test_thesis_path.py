@@ -262,7 +262,7 @@ def test_too_little_memory_for_the_batch(pipe, monkeypatch, tmp_path, batch, wor
 def test_too_little_memory_for_the_upsampler_or_the_models(published, small, monkeypatch, tmp_path):
     generate = ['generate', 'a dog', '-n', 3, '--preset', small, '--folder', published, '--upsample', '--device', 'cpu', '--out', tmp_path/'x.png']
     with monkeypatch.context() as patch:
-        patch.setattr('t2i.pipeline.upsample', out_of_memory)
+        patch.setattr('t2i.pipeline.super_resolve', out_of_memory)
         says(shell(*generate), '2 pictures of 64×64 pixels', '--batch-size 1')
         says(shell(*generate, '--batch-size', 1), 'a picture of 64×64 pixels')
     monkeypatch.setattr('t2i.unet.UNet.to', out_of_memory)

@@ -1,4 +1,4 @@
-"""The 64→256 upsampler: the published names and shapes, what a picture depends on, and its labels."""
+"""The 64→256 upsamplers: the published names and shapes, what a picture depends on, labels, and the training of our own."""
 import json
 from pathlib import Path
 
@@ -7,10 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from typer.testing import CliRunner
 
-from t2i.core import Preset, load_preset, make_generators
+import t2i
+from t2i.cli import app
+from t2i.core import Preset, from_uint8, load_preset, make_generators, save_weights
+from t2i.data import EMOJI_SETS, PreparedDataset, Statistics, draw_large, load_emoji
+from t2i.decoder import training_draws
+from t2i.diffusion import PerfectDenoiser
 from t2i.pipeline import TextToImage
-from t2i.upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, upsample, with_low_res
+from t2i.train import train
+from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, super_resolve, with_low_res
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -59,7 +66,7 @@ def test_low_resolution_picture_is_enlarged_bilinearly_behind_the_latent():
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'dpm_solver_pp'])
 def test_a_picture_depends_on_its_own_noise_label_and_input_only(model, small, sampler):
     diffusion, low_res, labels = make_upsampler_diffusion(small), torch.rand(3, 3, 8, 8)*2 - 1, torch.tensor([5, 6, 7])
-    def draw(low_res, labels, seeds, **options): return upsample(diffusion, model, low_res, labels, seeds, sampler, steps=3, **options)
+    def draw(low_res, labels, seeds, **options): return super_resolve(diffusion, model, low_res, labels, seeds, sampler, steps=3, **options)
     together = draw(low_res, labels, [1, 2, 3], batch_size=2)
     assert together.shape == (3, 3, 32, 32) and together.abs().max() <= 1
     for i in range(3): torch.testing.assert_close(draw(low_res[i:i + 1], labels[i:i + 1], [i + 1]), together[i:i + 1], atol=1/255, rtol=0)
@@ -68,7 +75,11 @@ def test_a_picture_depends_on_its_own_noise_label_and_input_only(model, small, s
 
 
 def test_training_mode_is_refused(model, small):
-    with pytest.raises(ValueError, match='eval'): upsample(make_upsampler_diffusion(small), make_upsampler(small).train(), torch.zeros(1, 3, 8, 8), torch.tensor([0]))
+    with pytest.raises(ValueError, match='eval'): super_resolve(make_upsampler_diffusion(small), make_upsampler(small).train(), torch.zeros(1, 3, 8, 8), torch.tensor([0]))
+
+
+def test_noise_needs_a_model_that_knows_it(model, small):
+    with pytest.raises(ValueError, match='noise is 0.1'): super_resolve(make_upsampler_diffusion(small), model, torch.zeros(1, 3, 8, 8), torch.tensor([0]), noise=0.1)
 
 
 def test_preset_without_upsampler():
@@ -132,3 +143,183 @@ def test_pipeline_upsamples_pictures(large):
 def test_pipeline_without_upsampler(pipe):
     for upsample in (lambda: pipe('a dog', upsample=True), lambda: pipe.upsample(Image.new('RGB', (64, 64)))):
         with pytest.raises(ValueError, match='its preset has no upsampler'): upsample()
+
+
+# -- our own ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def own():
+    "`emoji` with embeddings of 4 numbers, 16×16 pictures and 64×64 large ones, trained on crops of 32."
+    emoji = load_preset('emoji')
+    upsampler = emoji.upsampler | {'image_size': 64, 'crop': 32, 'channel_mult': [1], 'sampling': emoji.upsampler.sampling | {'steps': 2}}
+    return Preset.nest(emoji | {'clip': emoji.clip | {'embedding_size': 4}, 'upsampler': upsampler})
+
+
+@pytest.fixture(scope='module')
+def own_model(own):
+    torch.manual_seed(0)
+    model = make_upsampler(own).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_own_upsampler_is_small_enough_to_ship(tmp_path):
+    model = make_upsampler('emoji')
+    assert save_weights(tmp_path/'w.safetensors', model.state_dict(), dtype=torch.float16).stat().st_size <= 3e6
+    assert model(torch.zeros(1, 6, 256, 256), torch.tensor([9]), condition(torch.zeros(1, 512), torch.zeros(1))).shape == (1, 3, 256, 256)
+
+
+@torch.no_grad()
+def test_a_fresh_network_knows_the_mean_of_pictures_that_deviate_by_noise(own):
+    "The perfect denoiser of Gaussians around the enlarged picture."
+    diffusion, model, low_res = make_upsampler_diffusion(own), make_upsampler(own).eval(), torch.rand(1, 3, 16, 16)*2 - 1
+    enlarged = F.interpolate(low_res, scale_factor=4, mode='bicubic')
+    perfect, x_t = PerfectDenoiser(diffusion, enlarged, own.upsampler.residual), torch.randn(1, 3, 64, 64)
+    for t in (torch.tensor([t]) for t in (0, 50, 500, 900)):
+        eps, _ = diffusion.denoiser(with_low_res(model, low_res, 'bicubic'), y=condition(torch.zeros(1, 4), torch.zeros(1)))(x_t, t)
+        torch.testing.assert_close(diffusion.x0_from_eps(x_t, t, eps), diffusion.x0_from_eps(x_t, t, perfect(x_t, t)[0]), atol=2e-3, rtol=0)
+
+
+def test_own_picture_depends_on_its_own_noise_embedding_input_and_level_only(own, own_model):
+    diffusion, low_res, y = make_upsampler_diffusion(own), torch.rand(3, 3, 16, 16)*2 - 1, torch.randn(3, 4)
+    def draw(low_res, y, seeds, noise=0.1, **options): return super_resolve(diffusion, own_model, low_res, y, seeds, 'dpm_solver_pp', 3, noise, **options)
+    together = draw(low_res, y, [1, 2, 3], batch_size=2)
+    assert together.shape == (3, 3, 64, 64) and together.abs().max() <= 1
+    for i in range(3): torch.testing.assert_close(draw(low_res[i:i + 1], y[i:i + 1], [i + 1]), together[i:i + 1], atol=1/255, rtol=0)
+    for changed in (draw(-low_res, y, [1, 2, 3]), draw(low_res, -y, [1, 2, 3]), draw(low_res, y, [4, 5, 6]), draw(low_res, y, [1, 2, 3], noise=0.)):
+        assert ((changed - together).abs().flatten(1).max(1).values > 1e-3).all()
+
+
+def save_pairs(folder, n=12):
+    "Small pictures of noise and the same ones four times as large, in another order; pixels, not smoothed."
+    rng = np.random.default_rng(0)
+    small = torch.from_numpy(rng.integers(0, 256, (n, 16, 16, 3), np.uint8))
+    large = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    order = torch.arange(n - 1, -1, -1)
+    for split in ('train', 'validation'):
+        save_weights(folder/f'prepared/{split}/0.safetensors', {'images': small, 'image_embeddings': torch.randn(n, 4).half()}, {'keys': [f'k{i}' for i in range(n)]})
+        save_weights(folder/f'large/{split}/0.safetensors', {'images': large[order]}, {'keys': [f'k{i}' for i in order.tolist()]})
+    Statistics.unit(4).save(folder/'prepared/statistics.safetensors')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory): return save_pairs(tmp_path_factory.mktemp('pairs'))
+
+
+def test_crops_show_the_same_part_of_the_same_picture(own, pairs):
+    task = UpsamplerTask(own, pairs/'prepared', pairs/'large')
+    clean = Preset.nest(own | {'upsampler': own.upsampler | {'max_noise': 0.}})
+    task.settings = clean.upsampler
+    x_0, low_res, y, level = task.examples(task.data, torch.arange(12), make_generators(0, 12))
+    assert x_0.shape == (12, 3, 32, 32) and low_res.shape == (12, 3, 8, 8) and (level == 0).all()
+    assert torch.equal(F.avg_pool2d(x_0, 4), low_res) or (F.avg_pool2d(x_0, 4) - low_res).abs().max() < 1e-5
+    assert torch.equal(y, task.data[0].image_embeddings(torch.arange(11, -1, -1)))
+
+
+def test_crops_show_something(own, pairs):
+    paper = torch.full((16, 16, 3), 255, dtype=torch.uint8)
+    paper[:, 8:] = torch.randint(0, 256, (16, 8, 3), dtype=torch.uint8)
+    columns = [UpsamplerTask.corner(paper, 4, g)[1] for g in make_generators(0, 50)]
+    assert min(columns) > 4  # a column of it at least is drawn on
+    assert UpsamplerTask.corner(paper[:, :8], 4, make_generators(0, 1)[0]).shape == (2,)  # nothing but paper: any part of it
+
+
+def test_noise_on_the_small_pictures_is_as_strong_as_the_network_is_told(own, pairs):
+    task = UpsamplerTask(own, pairs/'prepared', pairs/'large')
+    x_0, low_res, _, level = task.examples(task.data, torch.arange(12).repeat(20), make_generators(0, 240))
+    assert 0 <= level.min() and 0.9*own.upsampler.max_noise < level.max() <= own.upsampler.max_noise
+    measured = (low_res - F.avg_pool2d(x_0, 4)).flatten(1).std(1)
+    assert (measured/level)[level > 0.01].mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_dropped_embeddings_are_zero_and_the_level_stays(own, pairs):
+    task, seen = UpsamplerTask(own, pairs/'prepared', pairs/'large'), []
+    x_0, low_res, y, level = task.examples(task.data, torch.arange(4), make_generators(0, 4))
+    t, noise, _ = training_draws(task.diffusion, x_0, 0., 0)
+    def network(x, t, y): seen.append(y); return x[:, :3]
+    task.loss(network, (x_0, low_res, y, level, t, noise, torch.tensor([True, False, True, False])))
+    torch.testing.assert_close(seen[0], condition(y*torch.tensor([0, 1, 0, 1])[:, None], level))
+
+
+def test_other_pictures_are_refused(own, pairs, tmp_path):
+    save_weights(tmp_path/'train/0.safetensors', {'images': torch.zeros(1, 64, 64, 3, dtype=torch.uint8)}, {'keys': ['stranger']})
+    with pytest.raises(ValueError, match="1 pictures .* are not in .* 'stranger'"): UpsamplerTask(own, pairs/'prepared', tmp_path)
+
+
+def test_own_upsampler_learns_and_goes_on(own, pairs, tmp_path):
+    "Enlarged pixel by pixel is something that bicubic interpolation does not do."
+    config = dict(batch_size=4, learning_rate=3e-3, validate_every=20, sample_every=20, log_every=20, decay='constant')
+    def run(steps, out):
+        torch.manual_seed(0)
+        train(UpsamplerTask(own, pairs/'prepared', pairs/'large'), config | {'steps': steps}, tmp_path/out, device='cpu', progress=False)
+        return PreparedWeights(tmp_path/out)
+    class PreparedWeights:
+        def __init__(self, folder): self.bytes, self.log = (folder/'weights.safetensors').read_bytes(), (folder/'log.csv').read_text().splitlines()
+    whole = run(40, 'whole')
+    first, last = (dict(zip(whole.log[0].split(','), line.split(','))) for line in (whole.log[1], whole.log[-1]))
+    assert float(last['validation_squared']) < float(first['validation_squared']) < float(first['validation_enlarged'])
+    run(20, 'parts')
+    assert run(40, 'parts').bytes == whole.bytes
+    assert (tmp_path/'whole/samples/0000040.png').exists()
+
+
+@pytest.fixture
+def npm_cache(tmp_path):
+    "npm packages with one red and blue icon for each emoji that ships."
+    table = load_emoji(columns=['key'])
+    for package, (style, version) in EMOJI_SETS.items():
+        folder = tmp_path/f"npm/{package.split('/')[-1]}-{version}"
+        folder.mkdir(parents=True)
+        names = [key.split('/', 1)[1] for key in table.key if key.startswith(f'{style}/')]
+        icon = {'body': '<path fill="#f00" d="M0 0h8v16H0z"/><path fill="#00f" d="M8 0h8v16H8z"/>'}
+        (folder/'icons.json').write_text(json.dumps({'width': 16, 'height': 16, 'icons': {name: icon for name in names}}))
+    return tmp_path/'npm'
+
+
+def test_large_pictures_are_drawn_in_the_order_of_the_shards_and_once(npm_cache, tmp_path):
+    pytest.importorskip('resvg_py')
+    out = draw_large(tmp_path/'large', 32, npm_cache, limit=3, rows_per_shard=2, progress=False)
+    for split in ('train', 'validation', 'test'):
+        data = PreparedDataset(out/split)
+        assert data.keys == list(load_emoji(split, ['key']).key[:3])
+        images = data.images(torch.arange(3))
+        assert images.shape == (3, 32, 32, 3)
+        assert (images[:, :, :16] == torch.tensor([255, 0, 0])).all() and (images[:, :, 16:] == torch.tensor([0, 0, 255])).all()
+    kept, lost = out/'train/00000.safetensors', out/'train/00001.safetensors'
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    draw_large(tmp_path/'large', 32, npm_cache, limit=3, rows_per_shard=2, progress=False)
+    assert lost.exists() and kept.stat().st_mtime_ns == before
+
+
+def test_training_without_npm_or_larger_pictures_says_so(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for options, words in ([], ['npm', 'Node.js']), (['--prepared', str(tmp_path)], ['256 pixels', '--large']):
+        result = CliRunner().invoke(app, ['train', 'upsampler', '--preset', 'emoji', '--device', 'cpu', *options])
+        assert result.exit_code == 1 and all(w in result.output for w in words) and 'Traceback' not in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
+def test_pipeline_with_our_own(own, tmp_path):
+    "The embedding that the decoder drew from is the upsampler's; a label is refused; it is saved and loaded with the rest."
+    settings = own.upsampler | {'image_size': 128, 'sampling': own.upsampler.sampling | {'noise': 0.2}}
+    pipe = TextToImage.from_preset(Preset.nest(load_preset('smoke') | {'upsampler': settings}), 'cpu')
+    for p in pipe.upsampler.parameters(): torch.nn.init.normal_(p, std=0.1)
+    small, large = pipe('a dog', generator=1), pipe('a dog', generator=1, upsample=True)
+    assert large[0].size == (128, 128) and not large[0].info
+    shown = lambda **options: np.asarray(pipe.upsample(small, generator=1, **options)[0], int)
+    y = pipe.embed_captions(['a dog'])
+    assert np.abs(shown(image_embeddings=y) - shown()).max() > 0 and np.abs(shown(noise=0.) - shown()).max() > 0
+    with pytest.raises(ValueError, match='without classes'): pipe.upsample(small, label=5)
+    again = TextToImage.from_pretrained(pipe.save_pretrained(tmp_path), 'cpu')
+    assert again('a dog', generator=1, upsample=True) == large
+
+
+def test_public_function():
+    "One picture or several, of any size, PIL in and out."
+    pictures = [Image.new('RGB', (64, 64), 'red'), Image.new('RGB', (100, 50), 'blue')]
+    large = t2i.upsample(pictures, generator=1, noise=0., device='cpu')
+    assert [p.size for p in large] == [(256, 256)]*2
+    assert np.abs(np.asarray(large[0], int) - [255, 0, 0]).mean() < 8
+    assert np.abs(np.asarray(t2i.upsample(pictures[0], generator=1, noise=0., device='cpu')[0], int) - np.asarray(large[0], int)).max() <= 2

@@ -1,0 +1,70 @@
+"""Are the default preset's pictures worth looking at? Every judgement of nbs/lib/judge about n pictures of each variant.
+
+t2i train clip --preset benchmarks/judge.toml --seed 1                (once: the judge, in runs/judge)
+python benchmarks/judge.py [pictures of each variant, 1000]           → benchmarks/results/judge.json; a stopped run goes on"""
+import json, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from t2i.clip import CLIP
+from t2i.core import get_device, load_preset, save_json
+from t2i.data import load_emoji
+from t2i.experiments import REAL, VARIANTS, draw_pairs, draw_variant, measure
+from t2i.judge import COMPOSED, TrainingPictures, caption_ranks, compose, fid_error, part_scores
+from t2i.metrics import extract_features
+from t2i.pipeline import TextToImage
+
+HERE, RUN = Path(__file__).parent, Path('runs/judge')
+SEED = 42
+
+
+def load_judge(device):
+    weights = RUN/'clip/weights.safetensors'
+    if not weights.exists(): sys.exit(f"there is no judge at {weights}: train it with `t2i train clip --preset benchmarks/judge.toml --seed 1`")
+    return CLIP.load(load_preset(HERE/'judge.toml').clip, weights, device)
+
+
+def judge_variant(judge, training, pictures, pairs, features):
+    "A row of the table: what the judge finds, and what is nearest in training."
+    ranks, near = caption_ranks(judge, pictures, pairs.captions), training.nearest(pictures)
+    wanted = load_emoji('test').set_index('caption').loc[pairs.captions]
+    same = np.array(near.concept) == np.array(wanted.concept)
+    return {'recall@1': (ranks['rank'] < 1).mean(), 'recall@10': (ranks['rank'] < 10).mean(), 'concept': ranks.concept.mean(), 'style': ranks['style'].mean(),
+            'nearest in training is the concept': same.mean(), 'copies': near['copy'].mean(), 'fid_error': fid_error(extract_features(pictures, device=training.device).pooled, features)}
+
+
+def goals(table):
+    "What was aimed at: found / goal, as (value, bound)."
+    full, decoder, none, real = (table.loc[name] for name in (*VARIANTS, REAL))
+    return {
+        "recall@1 of the image decoder only, as a share of real pictures'": (decoder['recall@1']/real['recall@1'], '≥ 0.85'),
+        "recall@1 of the full pipeline, as a share of real pictures'": (full['recall@1']/real['recall@1'], '≥ 0.75'),
+        "FID of the full pipeline / image decoder only": (full.fid/decoder.fid, '≤ 1.25'),
+        "FID without the translator / full pipeline (the thesis: 1.9)": (none.fid/full.fid, '> 1'),
+        "… its difference in standard errors": ((none.fid - full.fid)/np.hypot(none.fid_error, full.fid_error), '> 1'),
+        "precision of the full pipeline, as a share of real against real's": (full.precision/real.precision, '≥ 0.7'),
+        "recall of the full pipeline, as a share of real against real's": (full.recall/real.recall, '≥ 0.4'),
+        "parts of composed captions that the judge prefers": (table.attrs['parts'], '> 0.5'),
+    }
+
+
+if __name__ == '__main__':
+    n, device = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, get_device(None)
+    pipe, judge, training, pairs = TextToImage.from_preset('emoji', device), load_judge(device), TrainingPictures(device), draw_pairs(n, SEED)
+    folder = RUN/f"pictures_{pipe.fingerprints()['decoder']}"  # other weights, other pictures
+    drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=True) for variant in VARIANTS}
+    real = extract_features(pairs.images, device=device).pooled
+    others = np.random.default_rng(SEED).permutation(len(training.pictures))[:n]  # there are only 1,000 held-out pictures: their other half are training pictures
+    floor = np.concatenate([pairs.images, np.stack([np.asarray(training.pictures[i]) for i in others])])
+    table = measure(drawn, pairs, floor, pipe.clip, device=device)
+    table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: list(pairs.images)}).items()}).T)
+    composed = pipe([compose(t)[0] for t in COMPOSED], generator=0)
+    parts = part_scores(judge, COMPOSED, composed)
+    table.attrs['parts'] = parts.right.mean()
+    for name, (found, goal) in goals(table).items(): print(f'{name:<75} {found:>8.3f}   goal {goal}')
+    save_json(HERE/'results/judge.json', {
+        'pictures': n, 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
+        'parts': parts.to_dict('records'), 'weights': pipe.fingerprints(), 'sampling': dict(pipe.preset.sampling), 'device': str(device), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')})

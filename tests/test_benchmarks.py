@@ -1,0 +1,145 @@
+"""The benchmarks run from end to end, and what they store hangs together. Nothing here is about how fast anything is."""
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+
+import baseline
+import costs
+import growth
+import measure
+import rival
+import speed
+from t2i.core import load_preset, make_generators, randn
+from t2i.decoder import decode, guided_denoiser, make_decoder
+from t2i.diffusion import Diffusion
+from t2i.pipeline import draw_to_folder
+from t2i.sampling import SAMPLERS
+from t2i.unet import UNet, stage_table
+
+
+@pytest.fixture(scope='module')
+def stored(repository, tmp_path_factory):
+    "What the one command writes."
+    path = tmp_path_factory.mktemp('results')/'tiny.json'
+    done = subprocess.run([sys.executable, repository/'benchmarks/speed.py', '--tiny', '--device', 'cpu', '--out', path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())['smoke']
+
+
+def tables(value):
+    "All comparisons in a section."
+    if not isinstance(value, dict): return
+    if value and all(isinstance(v, dict) and 'runs' in v for v in value.values()): yield value
+    else:
+        for v in value.values(): yield from tables(v)
+
+
+def test_every_section_is_there_with_its_machine(stored):
+    assert set(stored) == {*speed.SECTIONS, 'machine'} and set(stored['machine']) == set(speed.SECTIONS)
+    for found in stored['machine'].values():
+        assert found['cores'] > 0 and found['memory'] > 0 and found['versions']['torch'] == torch.__version__
+        assert found['commit'] is None or len(found['commit']) == 40
+
+
+def test_ratios_follow_from_the_stored_times(stored):
+    compared = [table for name in speed.SECTIONS for table in tables(stored[name])]
+    assert len(compared) >= 4
+    for table in compared:
+        reference = next(row for row in table.values() if row['ratio'] == 1)
+        for row in table.values():
+            assert row['seconds'] == pytest.approx(statistics.median(row['runs'])) and row['quartiles'][0] <= row['seconds'] <= row['quartiles'][1]
+            assert row['ratio'] == pytest.approx(statistics.median(a/b for a, b in zip(row['runs'], reference['runs'])))
+
+
+def test_ours_and_the_baseline_do_the_same(stored):
+    assert stored['agreement']['largest'] < 0.5  # grey levels
+    assert abs(stored['training']['losses']['difference']) < 1e-3
+    assert {'ours', 'baseline'} <= stored['sampling']['candidates'].keys() & stored['training']['candidates'].keys()
+
+
+def test_the_host_never_waits_in_the_loop(stored):
+    assert stored['waits'] == {name: 0 for name in SAMPLERS}
+
+
+def test_a_wait_would_be_counted(pipe):
+    d, y = pipe.diffusion.respace(5), torch.zeros(1, 32)
+    steps = SAMPLERS['ddim'](guided_denoiser(d, pipe.decoder, y, 3.), d, randn((3, 64, 64), make_generators(0, 1)), hook=lambda x, t: x*(x.max().item() > 0))
+    assert costs.host_waits(steps, 'cpu') > 0
+
+
+def random_network(**settings):
+    "A network in which everything matters."
+    torch.manual_seed(0)
+    model = UNet(32, model_channels=32, num_res_blocks=1, attention_resolutions=(8,), channel_mult=(1, 2, 2), num_head_channels=32, embedding_size=8, **settings).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [dict(), dict(pixel_unshuffle=2, seam_channels=8), dict(dropout=0.3)])
+def test_baseline_is_the_same_network(settings):
+    model, x, t, y = random_network(**settings), torch.randn(2, 3, 32, 32), torch.tensor([3, 800]), torch.randn(2, 8)
+    torch.testing.assert_close(baseline.Baseline(model).eval()(x, t, y), model(x, t, y), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('target, thresholding', [('eps', 'dynamic'), ('v', 'static'), ('x0', 'none')])
+def test_baseline_samples_as_we_do(target, thresholding):
+    diffusion, y, model = Diffusion(target=target), torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), random_network()
+    ours, theirs = decode(diffusion, model, y, 0, 'ddpm', 6, 3., thresholding), baseline.sample(diffusion, baseline.Baseline(model).eval(), y, 0, 6, 3., thresholding)
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+    assert ours.std() > 0.05
+
+
+def test_the_honest_baseline_runs_the_network_of_the_facts():
+    with torch.device('meta'): table = stage_table(UNet(64, **speed.FACTS_NETWORK))
+    assert table.parameters.sum() == pytest.approx(25.3e6, rel=2e-3) and table.GFLOP.sum() == pytest.approx(17.7, rel=3e-3)
+
+
+@pytest.mark.parametrize('preset', ['emoji', 'thesis'])
+def test_the_rival_costs_the_same(preset):
+    diffusers, preset = pytest.importorskip('diffusers'), load_preset(preset)
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        model = rival.make_rival(preset.decoder, 64, diffusers)
+        model(torch.zeros(1, model.config.in_channels, model.config.sample_size, model.config.sample_size), torch.zeros(1, dtype=torch.long))
+    with torch.device('meta'): ours = stage_table(make_decoder(preset)).GFLOP.sum()
+    assert counter.get_total_flops()/1e9 == pytest.approx(ours, rel=0.05)
+
+
+def test_paper_counts_the_operations_of_the_table(pipe):
+    paper = costs.on_paper(pipe.decoder, 3)
+    assert paper['flop'] == pytest.approx(3e9*stage_table(pipe.decoder).GFLOP.sum())
+    assert paper['bytes'] > paper['weights'] == 4*sum(p.numel() for p in pipe.decoder.parameters())
+    assert 2*paper['flop'] < costs.on_paper(pipe.decoder, 3, training=True)['flop'] <= 3*paper['flop']
+
+
+def test_fitted_exponent():
+    assert measure.fitted_exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert measure.fitted_exponent([1, 10, 100], [7, 7, 7]) == pytest.approx(0)
+
+
+def test_streamed_pictures_take_no_memory(pipe, tmp_path):
+    "240 pictures more: 12 MB of floats, if they were kept."
+    def streamed(n):
+        with measure.peak_memory('cpu') as memory:
+            draw_to_folder(pipe, ['']*n, lambda: torch.zeros(n, 32), tmp_path/str(n), 0, batch_size=8, num_inference_steps=1)
+        return memory.bytes
+    streamed(8)  # what is allocated once
+    more = streamed(256) - streamed(16)
+    with measure.peak_memory('cpu') as kept: pipe(image_embeddings=torch.zeros(256, 32), generator=0, batch_size=8, num_inference_steps=1)
+    assert more < 4e6 < 10e6 < kept.bytes
+
+
+def test_growth_is_measured_on_data_of_the_right_form(tmp_path):
+    from t2i.data import PreparedDataset
+    growth.save_prepared(tmp_path/'train', 3, 2, 8, 16)
+    data = PreparedDataset(tmp_path/'train')
+    assert len(data) == 6 and data.images(torch.arange(6)).shape == (6, 16, 16, 3) and data.image_embeddings([5]).dtype == torch.float32
