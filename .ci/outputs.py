@@ -1,6 +1,6 @@
 """Make the outputs of executed notebooks fit to be committed: `python .ci/outputs.py nbs/05_experiments.ipynb …`
 
-Progress bars, warnings and widgets without a kernel go; pictures keep 96 colours."""
+Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours."""
 import base64
 import io
 import sys
@@ -12,8 +12,15 @@ from PIL import Image
 def smaller(png: str) -> str:
     "A base64 PNG → the same with a palette, if that is smaller."
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(96, kmeans=1, dither=Image.Dither.NONE).save(buffer, 'png', optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, kmeans=1, dither=Image.Dither.NONE).save(buffer, 'png', optimize=True)
     return min(base64.b64encode(buffer.getvalue()).decode(), png, key=len)
+
+
+def coarser(jpeg: str) -> str:
+    "A base64 JPEG → the same in middling quality, if that is smaller."
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(jpeg))).save(buffer, 'jpeg', quality=55, optimize=True)
+    return min(base64.b64encode(buffer.getvalue()).decode(), jpeg, key=len)
 
 
 def fit(notebook):
@@ -25,6 +32,7 @@ def fit(notebook):
             if 'image/png' in data:
                 data['image/png'] = smaller(data['image/png'])
                 data.pop('image/jpeg', None)
+            elif 'image/jpeg' in data: data['image/jpeg'] = coarser(data['image/jpeg'])
     notebook.metadata.pop('widgets', None)
     return notebook
 

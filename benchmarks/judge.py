@@ -16,6 +16,7 @@ from t2i.experiments import REAL, VARIANTS, draw_pairs, draw_variant, measure
 from t2i.judge import COMPOSED, TrainingPictures, caption_ranks, compose, fid_error, part_scores
 from t2i.metrics import extract_features
 from t2i.pipeline import TextToImage
+from t2i.plots import as_pictures
 
 HERE, RUN = Path(__file__).parent, Path('runs/judge')
 SEED = 42
@@ -30,7 +31,7 @@ def load_judge(device):
 def judge_variant(judge, training, pictures, pairs, features):
     "A row of the table: what the judge finds, and what is nearest in training."
     ranks, near = caption_ranks(judge, pictures, pairs.captions), training.nearest(pictures)
-    wanted = load_emoji('test').set_index('caption').loc[pairs.captions]
+    wanted = load_emoji('test').drop_duplicates('caption').set_index('caption').loc[pairs.captions]
     same = np.array(near.concept) == np.array(wanted.concept)
     return {'recall@1': (ranks['rank'] < 1).mean(), 'recall@10': (ranks['rank'] < 10).mean(), 'concept': ranks.concept.mean(), 'style': ranks['style'].mean(),
             'nearest in training is the concept': same.mean(), 'copies': near['copy'].mean(), 'fid_error': fid_error(extract_features(pictures, device=training.device).pooled, features)}
@@ -53,14 +54,14 @@ def goals(table):
 
 if __name__ == '__main__':
     n, device = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, get_device(None)
-    pipe, judge, training, pairs = TextToImage.from_preset('emoji', device), load_judge(device), TrainingPictures(device), draw_pairs(n, SEED)
+    pipe, judge, training, pairs = TextToImage.from_preset('emoji', device), load_judge(device), TrainingPictures(device, cache='cache/training_features.safetensors'), draw_pairs(n, SEED)
     folder = RUN/f"pictures_{pipe.fingerprints()['decoder']}"  # other weights, other pictures
     drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=True) for variant in VARIANTS}
     real = extract_features(pairs.images, device=device).pooled
     others = np.random.default_rng(SEED).permutation(len(training.pictures))[:n]  # there are only 1,000 held-out pictures: their other half are training pictures
     floor = np.concatenate([pairs.images, np.stack([np.asarray(training.pictures[i]) for i in others])])
     table = measure(drawn, pairs, floor, pipe.clip, device=device)
-    table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: list(pairs.images)}).items()}).T)
+    table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
     composed = pipe([compose(t)[0] for t in COMPOSED], generator=0)
     parts = part_scores(judge, COMPOSED, composed)
     table.attrs['parts'] = parts.right.mean()

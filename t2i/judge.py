@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMPOSED', 'caption_ranks', 'compose', 'part_scores', 'TrainingPictures', 'fid_error']
 
-# %% ../nbs/lib/judge.ipynb #dfdfda57
+# %% ../nbs/lib/judge.ipynb #673c7b85
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from .clip import CLIP
+from .core import load_weights, save_weights
 from .data import NEAR_DUPLICATE, decodable, decode_image, distances, fingerprints, load_emoji
 from .metrics import extract_features, frechet_distance
 from .plots import as_pictures
 
-# %% ../nbs/lib/judge.ipynb #ee50af85
+# %% ../nbs/lib/judge.ipynb #db8c099a
 def caption_ranks(
     judge: CLIP,
     pictures,  # N PIL pictures, or uint8 [N, H, W, 3]
@@ -31,7 +33,7 @@ def caption_ranks(
     if len(pictures) != len(captions): raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions were given: each picture needs its caption")
     scores = (judge.encode_images(as_pictures(pictures), normalize=True)@judge.encode_captions(list(table.index), normalize=True).T).numpy()
     table['label'] = table.concept + '/' + table['style']
-    wanted = table.loc[list(captions)]
+    wanted = table[~table.index.duplicated()].loc[list(captions)]  # two pictures may have one caption
     right = np.array(wanted.label)[:, None] == np.array(table.label)
     best, first = np.where(right, scores, -np.inf).max(1), table.iloc[scores.argmax(1)]
     return pd.DataFrame({'rank': (np.where(right, -np.inf, scores) > best[:, None]).sum(1), 'concept': np.array(first.concept) == np.array(wanted.concept),
@@ -116,14 +118,25 @@ def part_scores(
         rows += [dict(caption=caption, part=p, swapped=s, margin=float(cosines[0] - c), right=bool(cosines[0] > c)) for p, s, c in zip(parts, swapped, cosines[1:])]
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/judge.ipynb #2c69c6c9
+# %% ../nbs/lib/judge.ipynb #0955eec8
 class TrainingPictures:
     "The real training pictures, to look up what is nearest to a drawn one."
-    def __init__(self, device=None, limit: 'int | None' = None):
-        self.table = decodable(load_emoji('train')).head(limit or 10**9).reset_index(drop=True)
+    def __init__(
+        self,
+        device=None,
+        limit: 'int | None' = None,  # only the first pictures
+        cache: 'str | Path | None' = None,  # file that keeps what is known of the pictures: minutes of a laptop
+    ):
+        self.table, self.device = decodable(load_emoji('train')).head(limit or 10**9).reset_index(drop=True), device
         self.pictures = [decode_image(i) for i in self.table['image']]
-        self.features = F.normalize(extract_features(self.pictures, device=device).pooled, dim=1)
-        self.marks, self.device = fingerprints(self.pictures), device
+        if cache and Path(cache).exists():
+            known, metadata = load_weights(cache)
+            if metadata['keys'] != list(self.table.key): raise ValueError(f"{cache} is of other pictures than the training set: delete it")
+        else:
+            asis, cropped = map(torch.from_numpy, fingerprints(self.pictures))
+            known = {'features': F.normalize(extract_features(self.pictures, device=device).pooled, dim=1), 'as they are': asis, 'cropped': cropped}
+            if cache: save_weights(cache, known, {'keys': list(self.table.key)})
+        self.features, self.marks = known['features'], (known['as they are'].numpy(), known['cropped'].numpy())
 
     def nearest(self, pictures) -> pd.DataFrame:
         "N PIL pictures → N rows: index and cosine of the nearest training picture, its concept and style, and whether any training picture is a near-duplicate."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'enough_memory', 'TextToImage', 'upsample', 'process_share', 'draw_to_folder']
 
-# %% ../nbs/lib/pipeline.ipynb #fd7d5382
+# %% ../nbs/lib/pipeline.ipynb #cfa66c8d
 import contextlib, hashlib, json, os
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
-from .core import ASSETS, atomic_path, get_device, load_preset, make_generators, save_json, save_weights, to_pil, to_tensor, to_uint8
+from .core import ASSETS, atomic_path, get_device, image_seeds, load_preset, make_generators, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
@@ -265,7 +265,7 @@ def upsample(
     "PIL pictures of 256×256 pixels; also `t2i.upsample`."
     return _loaded(preset, device).upsample(images, noise=noise, **settings)
 
-# %% ../nbs/lib/pipeline.ipynb #86f71d03
+# %% ../nbs/lib/pipeline.ipynb #73118216
 def process_share() -> tuple:
     "(p, n): this is process p of n, as `accelerate launch` and `torchrun` number them; (0, 1) without them."
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -324,11 +324,11 @@ def draw_to_folder(
     if not missing: return paths
     for left in folder.glob('.*.png'):  # by a killed run, in the middle of a picture of this process
         if int(left.name[1:6]) in missing: left.unlink()
-    y, generators = embed(), make_generators(seed, len(paths))
+    y, seeds = embed(), image_seeds(seed, len(paths))
     size = batch_size or pipe.preset.sampling.get('batch_size', 8)
     with tqdm(total=len(missing), desc=folder.name, disable=not progress) as bar:
         for part in [missing[i:i + size] for i in range(0, len(missing), size)]:
-            pictures = pipe(image_embeddings=y[part], generator=[generators[i] for i in part], batch_size=size, **settings)
+            pictures = pipe(image_embeddings=y[part], generator=[seeds[i] for i in part], batch_size=size, **settings)
             for i, picture in zip(part, pictures):
                 with atomic_path(paths[i]) as tmp: picture.save(tmp)
             bar.update(len(part))

@@ -114,7 +114,7 @@ def test_table_5_1(walked, small):
     assert (table.Pictures == 8).all() and np.isfinite(table['FID ↓']).all()
     assert dict(table['thesis FID'].dropna()) == {k: v['fid'] for k, v in THESIS_TABLE.items()}
     assert 'MS-COCO: 8 pictures' in (top/'figures/small/table_5_1.md').read_text(encoding='utf-8')
-    assert 'enlarged by the upsampler' in Image.open(top/'figures/small/fig_5_6_upsampling.png').text['Description']
+    assert 'upsampler (64×64)' in Image.open(top/'figures/small/fig_5_6_upsampling.png').text['Description']
 
 
 def test_table_5_1_is_what_torch_fidelity_computes_on_the_folders(walked, fidelity):
