@@ -74,14 +74,13 @@ class Bench:
         "name → function that draws a batch in `self.steps` steps."
         s, y = self.preset.sampling, torch.randn(self.batch, self.preset.clip.embedding_size, generator=torch.Generator().manual_seed(1)).to(self.device)
         plain = baseline.Baseline(self.model).eval()
-        def ours(**options): return decode(self.diffusion, self.model, y, 0, s.sampler, self.steps, s.guidance_scale, s.thresholding, s.percentile, **options)
+        def ours(model=self.model): return decode(self.diffusion, model, y, 0, s.sampler, self.steps, s.guidance_scale, s.thresholding, s.percentile)
         def theirs(): return baseline.sample(self.diffusion, plain, y, 0, self.steps, s.guidance_scale, s.thresholding, s.percentile)
         found = {'ours': ours, 'baseline': with_tf32(False, theirs)}
-        if s.get('guidance_interval'): found['ours, guidance in an interval'] = lambda: ours(guidance_interval=s.guidance_interval)
         if self.gpu:
             compiled = network(self.preset, self.device)
             compiled.compile(mode='reduce-overhead')  # CUDA graphs
-            found['ours, compiled'] = lambda: decode(self.diffusion, compiled, y, 0, s.sampler, self.steps, s.guidance_scale, s.thresholding, s.percentile)
+            found['ours, compiled'] = lambda: ours(compiled)
             found['baseline, TF32'] = with_tf32(True, theirs)
         if diffusers:
             unet, scheduler = self.rival().to(self.device), diffusers.DDIMScheduler(prediction_type='sample' if self.diffusion.target == 'x0' else {'eps': 'epsilon', 'v': 'v_prediction'}[self.diffusion.target])

@@ -1,4 +1,4 @@
-"""How many steps does a sampler need, and must every step be guided? FID, KID and CLIP score of pictures of held-out captions.
+"""How many steps does a sampler need? FID, KID and CLIP score of pictures of held-out captions.
 
     python benchmarks/steps.py                                                on a CPU: up to 100 steps
     python benchmarks/steps.py --images 500 --steps 5 8 10 15 20 25 50 100 250 1000     on a CUDA GPU
@@ -24,21 +24,19 @@ def study(
     n: int,  # pictures in each row
     steps: list,
     samplers=tuple(SAMPLERS),
-    intervals=(),  # pairs of timesteps: rows of the preset's sampler and steps that are guided only from the one to the other
     folder: Path = REPOSITORY/'runs/steps',
     out: 'Path | None' = None,
     seed: int = 42,
     **settings,
 ) -> list:
-    "One row for each sampler and number of steps, and for each interval: the metrics against the real pictures of the same captions."
-    pairs, s = draw_pairs(2*n, seed), pipe.preset.sampling
+    "One row for each sampler and number of steps: the metrics against the real pictures of the same captions."
+    pairs = draw_pairs(2*n, seed)
     floor, pairs = real_vs_real(pairs.images, device=pipe.device), pairs.first(n)
     real, y = extract_features(pairs.images, device=pipe.device), pipe.embed_captions(pairs.captions)
     found = {'machine': machine(pipe.device), 'preset': pipe.preset.name, 'images': n, 'weights': pipe.fingerprints(), 'real against real': floor, 'rows': []}
     todo = [dict(sampler=sampler, num_inference_steps=k) for k in sorted(steps) for sampler in samplers]
-    todo += [dict(sampler=s.sampler, num_inference_steps=s.steps, guidance_interval=list(interval)) for interval in intervals]
     for row in todo:
-        name = '_'.join(str(v) for v in row.values()).replace(', ', '-').strip('[]')
+        name = '_'.join(map(str, row.values()))
         paths = draw_to_folder(pipe, pairs.captions, lambda: y, folder/pipe.preset.name/f'{n}_{name}', seed, progress=True, **row, **settings)
         pictures = [Image.open(path).convert('RGB') for path in paths]
         numbers = evaluate(pictures, real, device=pipe.device) | {'clip_score': float(np.mean(clip_score(pipe.clip, pictures, pairs.captions)))}
@@ -55,13 +53,12 @@ def main():
     parser.add_argument('--images', type=int, default=100)
     parser.add_argument('--steps', type=int, nargs='+', default=[5, 8, 10, 15, 20, 25, 50, 100])
     parser.add_argument('--samplers', nargs='+', choices=list(SAMPLERS), default=list(SAMPLERS))
-    parser.add_argument('--interval', type=int, nargs=2, action='append', default=[], help="guide only between these two timesteps; may be given several times")
     parser.add_argument('--batch-size', type=int, default=None)
     parser.add_argument('--folder', type=Path, default=REPOSITORY/'runs/steps')
     parser.add_argument('--out', type=Path, default=None)
     o = parser.parse_args()
     pipe = TextToImage.from_preset(o.preset, o.device)
-    study(pipe, o.images, o.steps, o.samplers, o.interval, o.folder, o.out or RESULTS/f'steps-{machine_name(pipe.device)}.json', batch_size=o.batch_size)
+    study(pipe, o.images, o.steps, o.samplers, o.folder, o.out or RESULTS/f'steps-{machine_name(pipe.device)}.json', batch_size=o.batch_size)
 
 
 if __name__ == '__main__': main()
