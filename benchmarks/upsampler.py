@@ -3,7 +3,7 @@
 From the real 64×64 pictures: how near to the real 256×256 ones, in PSNR and in a perceptual distance. From pictures that the decoder drew: FID at 256 against the real ones. Against bicubic
 and Lanczos, with and without embedding, and for several levels of noise on the small picture. One core of a laptop: about 15 minutes; a stopped run goes on.
 
-python benchmarks/upsampler.py [-n 500] [--samples runs/samples] [--weights FOLDER] → benchmarks/results/upsampler.json and upsampler_worst.webp"""
+python benchmarks/upsampler.py [-n 500] [--weights FOLDER] → benchmarks/results/upsampler.json and upsampler_worst.webp"""
 import argparse, json
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ def perceptual_distance(network, a, b, batch_size=16):
 
 
 class Judge:
-    def __init__(self, n, n_ablation, weights, samples):
+    def __init__(self, n, n_ablation, weights=None):
         self.n, self.n_ablation, self.path = n, n_ablation, RESULTS/'upsampler.json'
         self.pipe = TextToImage.from_preset('emoji', 'cpu', weights)
         draw_large()
@@ -47,8 +47,6 @@ class Judge:
         large = PreparedDataset('cache/emoji_256/test')
         assert large.keys[:n] == self.keys
         self.real, self.network, self.seen = large.images(torch.arange(n)).numpy(), efficientnet_lite0().eval(), extract_features(large.images(torch.arange(n)), device='cpu').pooled
-        self.folder = samples
-        if (samples/'settings.json').is_file(): self.captions = json.loads((samples/'settings.json').read_text())['captions'][:n]
         self.embeddings = self.pipe.embed_captions(self.captions)
         s = self.pipe.preset.upsampler.sampling
         self.results = {'n': n, 'n_ablation': n_ablation, 'sampler': s.sampler, 'steps': s.steps, 'noise': s.noise, 'fingerprints': self.pipe.fingerprints(),
@@ -60,9 +58,8 @@ class Judge:
     @cached_property
     def drawn(self):
         "The decoder's pictures for the captions of the held-out ones."
-        paths = [self.folder/f'{i:05}.png' for i in range(len(self.captions))]
-        if not all(p.is_file() for p in paths): paths = draw_to_folder(self.pipe, self.captions, lambda: self.embeddings, self.folder, 0, progress=True)
-        return [Image.open(p).convert('RGB') for p in paths]
+        folder = Path(f"runs/upsampler_samples_{self.pipe.fingerprints()['decoder']}")
+        return [Image.open(p).convert('RGB') for p in draw_to_folder(self.pipe, self.captions, lambda: self.embeddings, folder, 0, progress=True)]
 
     def enlarge(self, method, pictures, embeddings=None, noise=None):
         "uint8 [N, 256, 256, 3]; `embeddings` None: of the pictures."
@@ -124,7 +121,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('-n', type=int, default=500, help='pictures')
     parser.add_argument('--ablation', type=int, default=100, help='pictures of each row of the ablations')
-    parser.add_argument('--samples', type=Path, default=Path('runs/upsampler_samples'), help="folder of the decoder's pictures, as `t2i sample` writes it; drawn if it is missing")
     parser.add_argument('--weights', type=Path, help='folder of weights other than those that ship')
     a = parser.parse_args()
-    Judge(a.n, min(a.ablation, a.n), a.weights, a.samples).run()
+    Judge(a.n, min(a.ablation, a.n), a.weights).run()

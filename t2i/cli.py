@@ -128,7 +128,7 @@ def prepare_command(
         if state.is_main_process: _tell(report, out)
     except (ValueError, FileNotFoundError, RuntimeError) as e: _say(str(e))
 
-# %% ../nbs/lib/cli.ipynb #b0a80ec3
+# %% ../nbs/lib/cli.ipynb #df28ba45
 def _prepare(preset, runs: Path, device=None):
     "The prepared shards of a run, made with its CLIP if they are missing."
     from t2i.clip import CLIP
@@ -140,6 +140,14 @@ def _prepare(preset, runs: Path, device=None):
         else: clip = CLIP.from_preset(preset, device)  # the shipped one
         _tell(prepare(clip, SHARDS, folder, preset.data.image_size), folder)
     return folder
+
+
+def _trained(name, make, preset, runs: Path, device='cpu'):
+    "A model that an earlier stage of the run has trained, in eval mode; for a run without its own CLIP the one that ships; else None."
+    from t2i.checkpoints import find_checkpoint, load_checkpoint
+    path = runs/name/'weights.safetensors'
+    if not path.exists(): path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not (runs/'clip/weights.safetensors').exists() else None
+    return path and load_checkpoint(make(preset), name, path).eval().requires_grad_(False).to(get_device(device))
 
 
 def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None) -> Path:
@@ -165,13 +173,12 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         task = TranslatorTask(preset, prepared)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
-        task = UpsamplerTask(preset, prepared, large)
+        from t2i.decoder import make_decoder
+        task = UpsamplerTask(preset, prepared, large, _trained('decoder', make_decoder, preset, runs, device))
     else:
-        from t2i.checkpoints import load_checkpoint
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
-        trained = runs/'translator/weights.safetensors'
-        task = DecoderTask(preset, prepared, load_checkpoint(make_translator(preset), 'translator', trained).eval() if trained.exists() else None)
+        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs))
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours)
 
 

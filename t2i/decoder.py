@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'make_decoder', 'make_diffusion', 'training_draws', 'decoder_loss', 'guided_denoiser', 'decode', 'DecoderTask',
            'gpu_hours']
 
-# %% ../nbs/03_decoder.ipynb #50a2a948
+# %% ../nbs/03_decoder.ipynb #67647b40
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from .core import autocast, from_uint8, load_preset, make_generators, randn
 from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
 from .guidance import classifier_free, dynamic_threshold, static_threshold
-from .plots import image_grid
 from .sampling import sample
 from .train import Task
 from .unet import UNet
@@ -105,7 +104,7 @@ def decode(
         denoiser = guided_denoiser(diffusion, model, y.to(device), guidance_scale, thresholding, percentile)
         return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook, progress=progress).clamp(-1, 1)
 
-# %% ../nbs/03_decoder.ipynb #0faa63fa
+# %% ../nbs/03_decoder.ipynb #8a5e8343
 class DecoderTask(Task):
     "Train a preset's decoder on prepared shards."
     def __init__(
@@ -144,6 +143,7 @@ class DecoderTask(Task):
 
     def samples(self, model, n=12):
         "Held-out pictures, always the same, above what the decoder makes of their embeddings and, with a translator, of their captions."
+        from t2i.plots import image_grid
         indices, s = torch.arange(min(n, len(self.held_out))), self.preset.sampling
         x_0, y = self.examples(self.held_out, indices)
         rows = [y]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEVEL_FEATURES', 'OF_TRAINING', 'RELEASED_LABEL', 'Upsampler', 'condition', 'make_upsampler',
            'make_upsampler_diffusion', 'with_low_res', 'super_resolve', 'imagenet_names', 'ZeroShot', 'choose_labels',
-           'crop_at', 'UpsamplerTask']
+           'crop_at', 'redraw', 'UpsamplerTask']
 
-# %% ../nbs/lib/upsampler.ipynb #c3f7f7a6
+# %% ../nbs/lib/upsampler.ipynb #c1cf2e53
 from pathlib import Path
 
 import torch
@@ -17,15 +17,14 @@ from tqdm.auto import tqdm
 
 from .core import autocast, from_uint8, load_preset, make_generators, randn, to_uint8
 from .data import PreparedDataset, Statistics
-from .decoder import training_draws
+from .decoder import guided_denoiser, make_diffusion, training_draws
 from .diffusion import Diffusion
 from .guidance import static_threshold
-from .plots import image_grid
 from .sampling import sample
 from .train import Task
 from .unet import UNet, timestep_embedding
 
-# %% ../nbs/lib/upsampler.ipynb #2f55313b
+# %% ../nbs/lib/upsampler.ipynb #d00a1132
 LEVEL_FEATURES = 32  # width of the embedding of the noise level
 
 
@@ -60,7 +59,7 @@ def condition(
     return torch.cat([y, timestep_embedding(1000*level, LEVEL_FEATURES).to(y)], 1)
 
 
-OF_TRAINING = ('drop', 'max_noise', 'crop')  # keys of [upsampler] that are no matter of the network
+OF_TRAINING = ('drop', 'max_noise', 'redrawn', 'crop')  # keys of [upsampler] that are no matter of the network
 
 def _settings(preset):
     preset = load_preset(preset)
@@ -171,21 +170,42 @@ def choose_labels(
         raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one for each of the {len(low_res)} pictures")
     return torch.tensor([int(l) for l in labels])
 
-# %% ../nbs/lib/upsampler.ipynb #6bc78dab
+# %% ../nbs/lib/upsampler.ipynb #c434fa2a
 def crop_at(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     "A square of each picture: x [N, H, W, C] is cut at the rows `top` and columns `left`, both [N]."
     return torch.stack([each[i:i + size, j:j + size] for each, i, j in zip(x, top.tolist(), left.tolist())])
 
 
+def redraw(
+    diffusion: Diffusion,
+    denoiser,  # function (x_t, t) → (eps, log_variance)
+    x_0: Tensor,  # pictures [N, C, H, W] in [-1, 1]
+    t: Tensor,  # LongTensor [N]: how far back each one goes; at 0 it hardly changes, at timesteps - 1 nothing of it is left
+    noise: Tensor,  # ~ N(0, I), of x_0's shape
+    steps: int = 2,
+) -> Tensor:  # [N, C, H, W] in [-1, 1]
+    "Pictures that are noised up to a timestep of their own, and denoised from there by DDIM (SDEdit; Meng et al., 2021)."
+    x_t = diffusion.q_sample(x_0, t, noise)
+    for left in range(steps - 1, -1, -1):
+        eps, _ = denoiser(x_t, t)
+        x_0 = diffusion.x0_from_eps(x_t, t, eps)
+        t = t*left//(left + 1)
+        x_t = diffusion.q_sample(x_0, t, eps)
+    return x_0.clamp(-1, 1)
+
+
 class UpsamplerTask(Task):
     "Train a preset's upsampler on pairs of small and large pictures."
+    redrawn_from = 0.2, 0.8  # the timesteps that the decoder draws from, as shares of all
+
     def __init__(
         self,
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote: the small pictures and their embeddings
         large: 'str | Path',  # folder with the same pictures at the upsampler's size
+        decoder=None,  # of the same embeddings, in eval mode; with it a share of the small pictures, `redrawn`, show its mistakes
     ):
-        self.preset = load_preset(preset)
+        self.preset, self.decoder = load_preset(preset), decoder
         self.diffusion, self.model, self.settings = make_upsampler_diffusion(self.preset), make_upsampler(self.preset), _settings(preset)
         self.statistics = Statistics.load(Path(prepared)/'statistics.safetensors')
         self.data, self.held_out = (self.pairs(Path(prepared)/split, Path(large)/split) for split in ('train', 'validation'))
@@ -201,16 +221,30 @@ class UpsamplerTask(Task):
     def __len__(self): return len(self.data[1])
 
     def examples(self, data, indices, generators):
-        "Crops [N, 3, c, c], the small pictures' part of them with noise, and the conditions."
+        "Crops [N, 3, c, c], the small pictures' part of them with noise or redrawn, and the conditions."
         (small, large, places), s = data, self.settings
-        low_res, x_0 = small.images(places[indices]), large.images(indices)
-        factor = x_0.shape[1]//low_res.shape[1]
+        given, x_0 = small.images(places[indices]), large.images(indices)
+        y, factor = self.statistics.image.standardize(small.image_embeddings(places[indices])), x_0.shape[1]//given.shape[1]
         size = s.crop//factor
-        corners = torch.stack([self.corner(x, size, g) for x, g in zip(low_res, generators)])
-        low_res, x_0 = from_uint8(crop_at(low_res, *corners.T, size)), from_uint8(crop_at(x_0, *(factor*corners).T, s.crop))
-        level = s.max_noise*torch.cat([torch.rand(1, generator=g) for g in generators])**2
-        low_res = low_res + level[:, None, None, None]*randn(low_res.shape[1:], generators)
-        return x_0, low_res, self.statistics.image.standardize(small.image_embeddings(places[indices])), level
+        corners = torch.stack([self.corner(x, size, g) for x, g in zip(given, generators)])
+        given, level = from_uint8(given), s.max_noise*torch.cat([torch.rand(1, generator=g) for g in generators])**2
+        low_res = given + level[:, None, None, None]*randn(given.shape[1:], generators)
+        if self.decoder:
+            again = (torch.cat([torch.rand(1, generator=g) for g in generators]) < s.redrawn).nonzero()[:, 0]
+            low_res[again] = self.redraw(given[again], y[again], [generators[i] for i in again])
+            level[again] = (low_res - given)[again].square().mean((1, 2, 3)).sqrt()
+        low_res = crop_at(low_res.movedim(1, 3), *corners.T, size).movedim(3, 1)
+        return from_uint8(crop_at(x_0, *(factor*corners).T, s.crop)), low_res, y, level
+
+    @torch.no_grad()
+    def redraw(self, x_0, y, generators):
+        "What the decoder makes of small pictures, drawn as the preset draws, from timesteps that are drawn at random."
+        if not generators: return x_0
+        diffusion, s, device = make_diffusion(self.preset), self.preset.sampling, next(self.decoder.parameters()).device
+        low, high = self.redrawn_from
+        t = diffusion.timesteps*(low + (high - low)*torch.cat([torch.rand(1, generator=g) for g in generators]))
+        x_0, y, t, noise = (v.to(device) for v in (x_0, y, t.long(), randn(x_0.shape[1:], generators)))
+        with autocast(device): return redraw(diffusion, guided_denoiser(diffusion, self.decoder, y, s.guidance_scale, s.thresholding, s.percentile), x_0, t, noise).cpu()
 
     @staticmethod
     def corner(x, size, generator, tries=8):
@@ -243,6 +277,7 @@ class UpsamplerTask(Task):
 
     def samples(self, model, n=5):
         "Held-out pictures as they are given, enlarged, drawn and in truth, a row for each."
+        from t2i.plots import image_grid
         small, large, places = self.held_out
         low_res, i = from_uint8(small.images(places[:n])), torch.arange(min(n, len(large)))
         s, y = self.settings.sampling, self.statistics.image.standardize(small.image_embeddings(places[:n]))

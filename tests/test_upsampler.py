@@ -14,10 +14,10 @@ from t2i.cli import app
 from t2i.core import Preset, from_uint8, load_preset, make_generators, save_weights
 from t2i.data import EMOJI_SETS, PreparedDataset, Statistics, draw_large, load_emoji
 from t2i.decoder import training_draws
-from t2i.diffusion import PerfectDenoiser
+from t2i.diffusion import Diffusion, PerfectDenoiser
 from t2i.pipeline import TextToImage
 from t2i.train import train
-from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, super_resolve, with_low_res
+from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, redraw, super_resolve, with_low_res
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -230,6 +230,34 @@ def test_noise_on_the_small_pictures_is_as_strong_as_the_network_is_told(own, pa
     assert 0 <= level.min() and 0.9*own.upsampler.max_noise < level.max() <= own.upsampler.max_noise
     measured = (low_res - F.avg_pool2d(x_0, 4)).flatten(1).std(1)
     assert (measured/level)[level > 0.01].mean().item() == pytest.approx(1, abs=0.05)
+
+
+class Grey(torch.nn.Module):
+    "Sees grey in everything, and remembers what it saw."
+    def __init__(self): super().__init__(); self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+    def forward(self, x, t, y): self.seen.append(x); return torch.zeros(len(x), 6, *x.shape[2:])
+
+
+def test_the_decoder_redraws_small_pictures_and_the_network_is_told_how_wrong_they_are(own, pairs):
+    always = Preset.nest(own | {'upsampler': own.upsampler | {'redrawn': 1.}, 'diffusion': {'target': 'x0'}})
+    task = UpsamplerTask(always, pairs/'prepared', pairs/'large', Grey())
+    x_0, low_res, _, level = task.examples(task.data, torch.arange(12), make_generators(0, 12))
+    assert low_res.abs().max() < 1e-5 and len(task.decoder.seen) == 2
+    small = from_uint8(task.data[0].images(torch.arange(11, -1, -1)))
+    torch.testing.assert_close(level, small.square().mean((1, 2, 3)).sqrt())
+    task.settings = Preset.nest({**own.upsampler, 'redrawn': 0.})
+    _, noisy, _, level = task.examples(task.data, torch.arange(12), make_generators(0, 12))
+    assert len(task.decoder.seen) == 2 and level.max() <= own.upsampler.max_noise
+
+
+def test_redrawing_goes_back_no_further_than_it_is_told():
+    "A denoiser that knows the picture gives it back from anywhere; one that sees grey gives grey, and both see the latents of the right timesteps."
+    diffusion, x_0, t, seen = Diffusion(target='x0'), torch.rand(2, 3, 4, 4)*2 - 1, torch.tensor([300, 700]), []
+    noise = torch.randn_like(x_0)
+    def knows(x_t, t): seen.append((x_t, t)); return diffusion.eps_from_x0(x_t, t, x_0), None
+    torch.testing.assert_close(redraw(diffusion, knows, x_0, t, noise, steps=3), x_0, atol=1e-4, rtol=0)
+    assert [s[1].tolist() for s in seen] == [[300, 700], [200, 466], [100, 233]]
+    for x_t, t in seen: torch.testing.assert_close(x_t, diffusion.q_sample(x_0, t, noise), atol=1e-4, rtol=0)
 
 
 def test_dropped_embeddings_are_zero_and_the_level_stays(own, pairs):
