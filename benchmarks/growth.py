@@ -49,6 +49,14 @@ def sampling_by_number(pipe, sizes, steps, batch_size) -> dict:
     return {**_series(f'sampling, pictures streamed to disk in batches of {batch_size}', sizes, measure), 'bytes_per_picture': 3*pipe.preset.data.image_size**2}
 
 
+def upsampling_by_number(pipe, sizes) -> dict:
+    "As many 64×64 pictures enlarged in one call; what grows is the list of results."
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    measure = lambda n: _timed(lambda: pipe.upsample([picture]*n, generator=0), pipe.device)
+    measure(pipe.preset.upsampler.sampling.batch_size)  # what is allocated once
+    return {**_series('upsampling, pictures in a call', sizes, measure), 'bytes_per_picture': 3*pipe.upsampler.image_size**2}
+
+
 def _raw_shards(folder: Path, n: int, pictures: int):
     rng = np.random.default_rng(0)
     for shard in range(n):
@@ -100,5 +108,6 @@ def growth(pipe, tiny: bool, seconds: float) -> dict:
     steps = 1 if tiny else 2
     return {'sampling_by_batch': sampling_by_batch(pipe, (1, 2, 4) if tiny else (1, 2, 4, 8, 16, 32), steps, seconds),
             'sampling_by_number': sampling_by_number(pipe, (4, 8, 16) if tiny else (8, 16, 32, 64), steps, 4 if tiny else 8),
+            **({'upsampling_by_number': upsampling_by_number(pipe, (4, 8) if tiny else (8, 16, 32, 64))} if pipe.upsampler else {}),
             'prepare_by_shards': prepare_by_shards((1, 2, 4) if tiny else (1, 2, 4, 8, 16), 8 if tiny else 100),
             'training_start': training_start((2, 20) if tiny else (10, 100, 1000))}

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['MODELS', 'enough_memory', 'TextToImage', 'upsample', 'process_share', 'draw_to_folder']
 
-# %% ../nbs/lib/pipeline.ipynb #cfa66c8d
+# %% ../nbs/lib/pipeline.ipynb #015ee548
 import contextlib, hashlib, json, os
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
-from .core import ASSETS, atomic_path, get_device, image_seeds, load_preset, make_generators, save_json, save_weights, to_pil, to_tensor, to_uint8
+from .core import ASSETS, atomic_path, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
 from .translator import make_translator
-from .upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, super_resolve
+from .upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
 
 # %% ../nbs/lib/pipeline.ipynb #b2019d96
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def _memory_for(n: int, pixels: int):
     if n == 1: return enough_memory(f"a picture of {pixels}×{pixels} pixels")
     return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once", f"halve the batch with batch_size={n//2} (--batch-size {n//2})")
 
-# %% ../nbs/lib/pipeline.ipynb #e4d81e16
+# %% ../nbs/lib/pipeline.ipynb #e77f7ae8
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
 
 
@@ -210,7 +211,7 @@ class TextToImage:
     # -- larger pictures ----------------------------------------------------------------------------------------
     def upsample(
         self,
-        images,  # one PIL picture or several; other sizes than the decoder's are brought to it
+        images,  # one PIL picture or several; smaller ones than the decoder's are brought to its size, larger ones are enlarged in tiles
         label=None,  # for an upsampler with classes: 'zero-shot', an ImageNet class for all, or one for each; default: the preset's
         image_embeddings=None,  # for one with embeddings: standardised, [N, E], zeros for none; default: those of the pictures
         noise: 'float | None' = None,  # how large it takes the errors in the pictures to be, as a standard deviation, if it has learned that: 0 trusts every pixel; default: the preset's, for what the decoder drew
@@ -220,26 +221,38 @@ class TextToImage:
     ) -> list:
         "PIL pictures, enlarged by the upsampler; with classes, `picture.info['label']` is the name of the one that it took each for."
         self._check_upsampler()
-        x = to_tensor(images, self.preset.data.image_size)
-        y = None
+        images, size = [images] if isinstance(images, Image.Image) else list(images), self.preset.data.image_size
+        x, y = to_tensor(images, size), None
         if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
-        return self._upsample(x, y, label, noise, make_generators(generator, len(x)), batch_size, progress)
+        originals = [from_uint8(np.stack([on_white(i)]))[0] if max(i.size) > size else None for i in images]
+        return self._upsample(x, y, label, noise, make_generators(generator, len(x)), batch_size, progress, originals)
 
     @cached_property
     def imagenet(self) -> ZeroShot:
         "Zero-shot classification among ImageNet's classes; their captions are encoded once."
         return ZeroShot(self.clip)
 
-    def _upsample(self, x, y, label, noise, generators, batch_size, progress):
-        "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL."
-        settings, classes = self.preset.upsampler.sampling, self.upsampler.num_classes
-        size = min(batch_size or settings.batch_size, len(x))
+    def _upsample(self, x, y, label, noise, generators, batch_size, progress, originals=None):
+        "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
+        from tqdm.auto import tqdm
+        settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
+        size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
         elif label is not None: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
         noise = settings.get('noise', 0.) if noise is None else noise
-        with _memory_for(size, self.upsampler.image_size):
-            x = super_resolve(make_upsampler_diffusion(self.preset), self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size, progress)
-        pictures = to_pil(x)
+        def enlarge(x, y, generators):
+            with _memory_for(min(size, len(x)), self.upsampler.image_size):
+                return super_resolve(diffusion, self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size, progress)
+        pictures, small = [None]*len(x), [i for i, original in enumerate(originals) if original is None]
+        with tqdm(total=len(x), desc='enlarged', disable=not progress) as bar:
+            for part in [small[i:i + size] for i in range(0, len(small), size)]:
+                for i, picture in zip(part, to_pil(enlarge(x[part], y[part], [generators[i] for i in part]))): pictures[i] = picture
+                bar.update(len(part))
+            for i, original in enumerate(originals):
+                if original is None: continue
+                whole = in_tiles(lambda tiles: enlarge(tiles, y[i].expand(len(tiles), *y[i].shape), [generators[i]]*len(tiles)), original, x.shape[-1])
+                pictures[i], = to_pil(whole[None])
+                bar.update(1)
         if classes:
             for picture, k in zip(pictures, y.tolist()): picture.info['label'] = imagenet_names()[k]
         return pictures
@@ -250,19 +263,19 @@ class TextToImage:
         why = "no upsampler.safetensors and no upsampler.pt lies among its checkpoints" if 'upsampler' in self.preset else "its preset has no upsampler"
         raise ValueError(f"the pipeline {self.preset.name!r} cannot enlarge pictures, because {why}: leave upsample=False for {size}×{size} pixels, or load it with one")
 
-# %% ../nbs/lib/pipeline.ipynb #04bedb67
+# %% ../nbs/lib/pipeline.ipynb #71d72c22
 @cache
 def _loaded(preset, device): return TextToImage.from_preset(preset, device)
 
 
 def upsample(
-    images,  # one PIL picture or several; those of other sizes are brought to 64×64
+    images,  # one PIL picture or several, of 64×64 pixels; smaller ones are brought to that, larger ones enlarged in tiles
     noise: float = 0.,  # how large the errors in the pictures are taken to be; 0 trusts every pixel
     preset: str = 'emoji',  # whose upsampler; it is loaded once
     device=None,  # default: the GPU if there is one
     **settings,  # generator, batch_size, …: see `TextToImage.upsample`
 ) -> list:
-    "PIL pictures of 256×256 pixels; also `t2i.upsample`."
+    "PIL pictures, four times as wide and as high; also `t2i.upsample`."
     return _loaded(preset, device).upsample(images, noise=noise, **settings)
 
 # %% ../nbs/lib/pipeline.ipynb #73118216

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL_FEATURES', 'OF_TRAINING', 'RELEASED_LABEL', 'Upsampler', 'condition', 'make_upsampler',
-           'make_upsampler_diffusion', 'with_low_res', 'super_resolve', 'imagenet_names', 'ZeroShot', 'choose_labels',
-           'crop_at', 'redraw', 'UpsamplerTask']
+           'make_upsampler_diffusion', 'with_low_res', 'super_resolve', 'in_tiles', 'imagenet_names', 'ZeroShot',
+           'choose_labels', 'crop_at', 'redraw', 'UpsamplerTask']
 
 # %% ../nbs/lib/upsampler.ipynb #c1cf2e53
 from pathlib import Path
@@ -96,7 +96,7 @@ def with_low_res(
         return model(torch.cat([x_t, F.interpolate(low_res, size=x_t.shape[-2:], mode=enlarge, align_corners=False)], 1), t, **condition)
     return network
 
-# %% ../nbs/lib/upsampler.ipynb #7139975b
+# %% ../nbs/lib/upsampler.ipynb #b4d697a7
 def super_resolve(
     diffusion: Diffusion,
     model: Upsampler,  # in eval mode
@@ -115,7 +115,7 @@ def super_resolve(
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device, shape = make_generators(generator, len(low_res)), next(model.parameters()).device, (3, model.image_size, model.image_size)
     drawn = []
-    with torch.no_grad(), autocast(device), tqdm(total=len(low_res), desc='upsampled', disable=not progress) as bar:
+    with torch.no_grad(), autocast(device), tqdm(total=len(low_res), desc='upsampled', disable=not progress, leave=False) as bar:
         for i in range(0, len(low_res), batch_size):
             part = slice(i, i + batch_size)
             small, c = low_res[part].to(device), y[part].to(device)
@@ -125,6 +125,26 @@ def super_resolve(
             drawn.append(sample(sampler, denoiser, diffusion, x_T, generators[part], progress=progress).clamp(-1, 1).cpu())
             bar.update(len(x_T))
     return torch.cat(drawn)
+
+# %% ../nbs/lib/upsampler.ipynb #ecb4ab1b
+def in_tiles(
+    enlarge,  # function: tiles [K, 3, s, s] → [K, 3, f·s, f·s]
+    x: Tensor,  # a picture [3, h, w]; a side that is shorter than a tile gets white paper
+    size: int,  # s, of a tile
+    overlap: int = 16,  # pixels that neighbours share, at least
+) -> Tensor:  # [3, f·h, f·w]
+    "Enlarge a picture of any size, tile by tile."
+    _, h, w = x.shape
+    x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)), value=1.)
+    def starts(n): return torch.linspace(0, n - size, 1 + -(-(n - size)//(size - overlap))).round().int().tolist()
+    corners = [(i, j) for i in starts(x.shape[1]) for j in starts(x.shape[2])]
+    tiles = enlarge(torch.stack([x[:, i:i + size, j:j + size] for i, j in corners]))
+    f, whole = tiles.shape[-1]//size, tiles.new_zeros(4, *(tiles.shape[-1]*n//size for n in x.shape[1:]))
+    ramp = torch.arange(1, f*size + 1).minimum(torch.arange(f*size, 0, -1)).clamp(max=f*overlap).to(tiles)
+    weight = ramp[:, None]*ramp
+    for tile, (i, j) in zip(tiles, corners):
+        whole[:, f*i:f*(i + size), f*j:f*(j + size)] += torch.cat([weight*tile, weight[None]])
+    return (whole[:3]/whole[3:])[:, :f*h, :f*w]
 
 # %% ../nbs/lib/upsampler.ipynb #765b1710
 RELEASED_LABEL = 436  # what the released script passes for every picture

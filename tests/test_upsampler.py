@@ -17,7 +17,7 @@ from t2i.decoder import training_draws
 from t2i.diffusion import Diffusion, PerfectDenoiser
 from t2i.pipeline import TextToImage
 from t2i.train import train
-from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, redraw, super_resolve, with_low_res
+from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, redraw, super_resolve, with_low_res
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -344,10 +344,22 @@ def test_pipeline_with_our_own(own, tmp_path):
     assert again('a dog', generator=1, upsample=True) == large
 
 
+def test_tiles_meet_without_a_seam():
+    "Whatever the size, each pixel is the mean of what the tiles over it say, and no tile is larger than it should be."
+    for h, w in ((8, 8), (9, 8), (8, 30), (5, 21), (40, 3)):
+        x, seen = torch.rand(3, h, w), []
+        def enlarge(tiles): seen.append(tiles.shape); return tiles.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(in_tiles(enlarge, x, 8, overlap=3), x.repeat_interleave(2, 1).repeat_interleave(2, 2))
+        assert seen[0][2:] == (8, 8)
+    brighter = in_tiles(lambda tiles: torch.arange(len(tiles)).float()[:, None, None, None].expand(-1, 3, 16, 16), torch.zeros(3, 8, 13), 8, overlap=3)
+    row = brighter[0, 0]
+    assert row[0] == 0 and row[-1] == 1 and (row.diff() >= 0).all() and row.diff().max() < 0.2  # one fades into the other
+
+
 def test_public_function():
     "One picture or several, of any size, PIL in and out."
-    pictures = [Image.new('RGB', (64, 64), 'red'), Image.new('RGB', (100, 50), 'blue')]
+    pictures = [Image.new('RGB', (64, 64), 'red'), Image.new('RGB', (100, 50), 'blue'), Image.new('RGB', (20, 40), 'green')]
     large = t2i.upsample(pictures, generator=1, noise=0., device='cpu')
-    assert [p.size for p in large] == [(256, 256)]*2
-    assert np.abs(np.asarray(large[0], int) - [255, 0, 0]).mean() < 8
+    assert [p.size for p in large] == [(256, 256), (400, 200), (256, 256)]
+    for picture, colour in zip(large, ([255, 0, 0], [0, 0, 255])): assert np.abs(np.asarray(picture, int) - colour).mean() < 8
     assert np.abs(np.asarray(t2i.upsample(pictures[0], generator=1, noise=0., device='cpu')[0], int) - np.asarray(large[0], int)).max() <= 2
