@@ -24,7 +24,7 @@ def _say(sentence: str):
     typer.echo(sentence, err=True)
     raise typer.Exit(1)
 
-# %% ../nbs/lib/cli.ipynb #b80206e7
+# %% ../nbs/lib/cli.ipynb #5853ad65
 @app.command()
 def generate(
     captions: Optional[List[str]] = typer.Argument(None, help='One or more captions.'),
@@ -34,7 +34,7 @@ def generate(
     out: Path = typer.Option(Path('t2i.png'), help='A .png for a grid with captions, or a folder for single pictures.'),
     steps: Optional[int] = typer.Option(None, help="Sampling steps; default: the preset's."),
     guidance_scale: Optional[float] = typer.Option(None, help="Classifier-free guidance; default: the preset's."),
-    upsample: bool = typer.Option(False, '--upsample', help='Enlarge the pictures; a grid shows the class that an upsampler with classes took each for.'),
+    upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took each for. Default: if the preset has an upsampler of its own.'),
     batch_size: Optional[int] = typer.Option(None, help='Pictures drawn at once: a matter of speed and memory.'),
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship.'),
@@ -50,7 +50,9 @@ def generate(
         from t2i.clip import check_captions
         captions = check_captions(captions or [])
         from t2i.pipeline import TextToImage
-        pictures = TextToImage.from_preset(preset, device, folder)(
+        pipe = TextToImage.from_preset(preset, device, folder)
+        if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)  # a borrowed one has classes, and takes as long as the decoder
+        pictures = pipe(
             captions, num_images_per_prompt=n, generator=seed, num_inference_steps=steps, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=True)
         below = [c for c in captions for _ in range(n)]
         if upsample: below = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, pictures)]

@@ -363,3 +363,10 @@ def test_public_function():
     assert [p.size for p in large] == [(256, 256), (400, 200), (256, 256)]
     for picture, colour in zip(large, ([255, 0, 0], [0, 0, 255])): assert np.abs(np.asarray(picture, int) - colour).mean() < 8
     assert np.abs(np.asarray(t2i.upsample(pictures[0], generator=1, noise=0., device='cpu')[0], int) - np.asarray(large[0], int)).max() <= 2
+
+
+def test_command_enlarges_where_the_preset_has_an_upsampler_of_its_own(tmp_path):
+    for options, size in ([], 256), (['--no-upsample'], 64):
+        result = CliRunner().invoke(app, ['generate', 'a red apple', '--steps', '2', '--device', 'cpu', '--out', str(tmp_path/str(size)), *options])
+        assert result.exit_code == 0, result.output
+        assert Image.open(tmp_path/str(size)/'0000.png').size == (size, size)
