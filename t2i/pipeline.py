@@ -39,7 +39,7 @@ def _memory_for(n: int, pixels: int):
     if n == 1: return enough_memory(f"a picture of {pixels}×{pixels} pixels")
     return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once", f"halve the batch with batch_size={n//2} (--batch-size {n//2})")
 
-# %% ../nbs/lib/pipeline.ipynb #e77f7ae8
+# %% ../nbs/lib/pipeline.ipynb #74536b1e
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
 
 
@@ -112,6 +112,15 @@ class TextToImage:
 
     @property
     def device(self): return next(self.decoder.parameters()).device
+
+    def compile(
+        self,
+        **options,  # of torch.compile; default: mode='reduce-overhead', CUDA graphs
+    ) -> 'TextToImage':
+        "This pipeline, its U-Nets compiled. The first batch of each size then takes a minute or two: it is for many pictures on a GPU."
+        for model in (self.decoder, self.upsampler):
+            if model: model.compile(**(options or {'mode': 'reduce-overhead'}))
+        return self
 
     def fingerprints(self) -> dict:
         "model → 16 hexadecimal digits that change with any of its weights."

@@ -121,3 +121,10 @@ def test_known_and_unknown_pieces(vocabulary):
     holds()
     assert vocabulary.unknown not in vocabulary(['a red apple, noto style'])
     assert (vocabulary(['a xylophone'])[0] == vocabulary.unknown).any()
+
+
+def test_a_compiled_pipeline_draws_the_same_pictures_in_one_graph(pipe):
+    from t2i.pipeline import TextToImage
+    compiled = TextToImage.from_preset('smoke', device='cpu').compile(backend='eager', fullgraph=True)
+    assert compiled('a red apple', generator=1) == pipe('a red apple', generator=1)
+    assert compiled.decoder._compiled_call_impl and compiled.fingerprints() == pipe.fingerprints()
