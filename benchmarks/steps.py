@@ -4,8 +4,9 @@
     python benchmarks/steps.py --images 500 --steps 5 8 10 15 20 25 50 100 250 1000     on a CUDA GPU
 
 Every row has the same captions and the same noise. Pictures stay in runs/steps, so a run that was stopped goes on; the table goes to
-benchmarks/results/steps-<machine>.json after each row."""
+benchmarks/results/steps-<machine>.json after each row, and rows that it has of the same weights and pictures stay, so that more can be added."""
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,11 @@ def study(
     floor, pairs = real_vs_real(pairs.images, device=pipe.device), pairs.first(n)
     real, y = extract_features(pairs.images, device=pipe.device), pipe.embed_captions(pairs.captions)
     found = {'machine': machine(pipe.device), 'preset': pipe.preset.name, 'images': n, 'weights': pipe.fingerprints(), 'real against real': floor, 'rows': []}
-    todo = [dict(sampler=sampler, num_inference_steps=k) for k in sorted(steps) for sampler in samplers]
-    for row in todo:
+    before = json.loads(out.read_text()) if out and out.exists() else {}
+    if all(before.get(k) == found[k] for k in ('preset', 'images', 'weights')): found['rows'] = before['rows']
+    done = [(row['sampler'], row['num_inference_steps']) for row in found['rows']]
+    for sampler, k in [(sampler, k) for k in sorted(steps) for sampler in samplers if (sampler, k) not in done]:
+        row = dict(sampler=sampler, num_inference_steps=k)
         name = '_'.join(map(str, row.values()))
         paths = draw_to_folder(pipe, pairs.captions, lambda: y, folder/pipe.preset.name/f'{n}_{name}', seed, progress=True, **row, **settings)
         pictures = [Image.open(path).convert('RGB') for path in paths]

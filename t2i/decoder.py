@@ -65,7 +65,7 @@ def decoder_loss(
     losses = diffusion.training_losses(model, x_0, t, noise, {'y': y})
     return {name: each.mean() for name, each in losses.items()}
 
-# %% ../nbs/03_decoder.ipynb #67bc290b
+# %% ../nbs/03_decoder.ipynb #8c13666d
 def guided_denoiser(
     diffusion: Diffusion,  # respaced to the steps that will be taken
     model,  # network (x_t, t, y) → [N, 6, H, W], in eval mode
@@ -73,11 +73,11 @@ def guided_denoiser(
     guidance_scale: float = 6.,  # s; 1 is no guidance
     thresholding: str = 'dynamic',  # 'dynamic', 'static' or 'none'
     percentile: float = 99.5,  # of dynamic thresholding
-):  # denoiser: (x_t, t) → (eps, log_variance)
+):  # denoiser: (x_t, t) → (x_0, log_variance)
     "The denoiser of Algorithm 1: classifier-free guidance, then thresholding."
     denoiser = classifier_free(diffusion, model, y, guidance_scale)
-    if thresholding == 'dynamic': return dynamic_threshold(denoiser, diffusion, percentile)
-    if thresholding == 'static': return static_threshold(denoiser, diffusion)
+    if thresholding == 'dynamic': return dynamic_threshold(denoiser, percentile)
+    if thresholding == 'static': return static_threshold(denoiser)
     if thresholding == 'none': return denoiser
     raise ValueError(f"there is no thresholding {thresholding!r}: use 'dynamic', 'static' or 'none'")
 

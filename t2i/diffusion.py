@@ -108,7 +108,7 @@ def q_posterior(self: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple:
     mean = self.at('posterior_mean_x_0', t, x_t)*x_0 + self.at('posterior_mean_x_t', t, x_t)*x_t
     return mean, self.at('log_posterior_variance', t, x_t).expand_as(x_t)
 
-# %% ../nbs/02_diffusion.ipynb #902607b9
+# %% ../nbs/02_diffusion.ipynb #4ed72a27
 @patch
 def x0_from_eps(self: Diffusion, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     "The image x̂_0 that the noise `eps` leaves: (3.4) solved for x_0."
@@ -124,12 +124,6 @@ def mean_from_eps(self: Diffusion, x_t: Tensor, t: Tensor, eps: Tensor) -> Tenso
     "The mean of the reverse step from the noise (3.16)."
     shift = self.at('betas', t, x_t)/self.at('sqrt_one_minus_alphas_cumprod', t, x_t)
     return (x_t - shift*eps)/self.at('alphas', t, x_t).sqrt()
-
-@patch
-def eps_from_mean(self: Diffusion, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    "The noise that a mean of the reverse step stands for: (3.16) solved for ε."
-    shift = self.at('betas', t, x_t)/self.at('sqrt_one_minus_alphas_cumprod', t, x_t)
-    return (x_t - self.at('alphas', t, x_t).sqrt()*mean)/shift
 
 # %% ../nbs/02_diffusion.ipynb #b516ff0a
 @patch
@@ -147,9 +141,9 @@ def x0_from_v(self: Diffusion, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
     "The image that x_t and v stand for."
     return self.at('sqrt_alphas_cumprod', t, x_t)*x_t - self.at('sqrt_one_minus_alphas_cumprod', t, x_t)*v
 
-# %% ../nbs/02_diffusion.ipynb #dccab133
+# %% ../nbs/02_diffusion.ipynb #d8220229
 class PerfectDenoiser:
-    """The best possible denoiser of a small data set, in closed form: (x_t, t) → (eps, log_variance), both of x_t's shape.
+    """The best possible denoiser of a small data set, in closed form: (x_t, t) → (x_0, log_variance), both of x_t's shape.
 
     The data are Gaussians of deviation `std` around `points`; `std=0` is the data set of the points themselves."""
 
@@ -188,9 +182,9 @@ class PerfectDenoiser:
         x_0_variance = (1 - a.sqrt()*k)**2*between + self.std**2*(1 - a)/variance
         step_variance = d.at('posterior_variance', t, x) + d.at('posterior_mean_x_0', t, x)**2*x_0_variance
         log_variance = step_variance.clamp(min=1e-12).log()  # at t = 0 nothing is uncertain any more
-        return d.eps_from_x0(x, t, x_0).reshape(x_t.shape).to(x_t.dtype), log_variance.reshape(x_t.shape).to(x_t.dtype)
+        return x_0.reshape(x_t.shape).to(x_t.dtype), log_variance.reshape(x_t.shape).to(x_t.dtype)
 
-# %% ../nbs/02_diffusion.ipynb #de9e57c0
+# %% ../nbs/02_diffusion.ipynb #e5a061e2
 @patch
 def log_variance(self: Diffusion, output: Tensor, t: Tensor) -> Tensor:
     "log Σ_θ (3.7) from a network's variance channels, in which -1 means β̃_t and 1 means β_t."
@@ -203,22 +197,22 @@ def interpret(
     output: Tensor,  # of a network: [N, 2C, H, W], target and variance; or [N, C, H, W], the target alone
     x_t: Tensor,  # [N, C, H, W]
     t: Tensor,  # LongTensor [N]
-) -> tuple:  # eps and log_variance, both [N, C, H, W]
+) -> tuple:  # x_0 and log_variance, both [N, C, H, W]
     "What the output of a network means."
     output, channels = output.to(x_t.dtype), x_t.shape[1]
     if output.shape[1] not in (channels, 2*channels):
         raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
-    eps, variance = output[:, :channels], output[:, channels:]
-    if self.target == 'v': eps = self.eps_from_v(x_t, t, eps)
-    if self.target == 'x0': eps = self.eps_from_x0(x_t, t, eps)
-    return eps, self.log_variance(variance, t) if variance.shape[1] else self.at('log_posterior_variance', t, x_t).expand_as(x_t)
+    x_0, variance = output[:, :channels], output[:, channels:]
+    if self.target == 'eps': x_0 = self.x0_from_eps(x_t, t, x_0)
+    if self.target == 'v': x_0 = self.x0_from_v(x_t, t, x_0)
+    return x_0, self.log_variance(variance, t) if variance.shape[1] else self.at('log_posterior_variance', t, x_t).expand_as(x_t)
 
 @patch
 def denoiser(
     self: Diffusion,
     model,  # network (x_t, t, **model_kwargs) → output, see `interpret`
     **model_kwargs,  # such as the condition, y=[N, E]
-):  # function (x_t, t) → (eps, log_variance)
+):  # function (x_t, t) → (x_0, log_variance)
     "A network as a denoiser."
     def denoise(x_t, t): return self.interpret(model(x_t, self.network_timesteps(t), **model_kwargs), x_t, t)
     return denoise
@@ -244,7 +238,7 @@ def discretized_gaussian_log_likelihood(
     probability = (torch.erfc(-upper/2**0.5) - torch.erfc(-lower/2**0.5))/2  # Φ(z) = erfc(-z/√2)/2
     return probability.clamp(min=1e-12).log()
 
-# %% ../nbs/02_diffusion.ipynb #a5c5f62c
+# %% ../nbs/02_diffusion.ipynb #767c41ce
 def mean_flat(x: Tensor) -> Tensor:
     "The mean of each image, [N, …] → [N]."
     return x.flatten(1).mean(1)
@@ -252,12 +246,12 @@ def mean_flat(x: Tensor) -> Tensor:
 @patch
 def vlb_terms(
     self: Diffusion,
-    eps: Tensor, log_variance: Tensor,  # what a denoiser said about x_t, both [N, C, H, W]
+    predicted: Tensor, log_variance: Tensor,  # x̂_0 and log Σ, what a denoiser said about x_t, both [N, C, H, W]
     x_0: Tensor, x_t: Tensor,  # the image and its latent, [N, C, H, W]
     t: Tensor,  # LongTensor [N]
 ) -> Tensor:  # [N], in bits per dimension
     "One term of L_vlb per image: L_0 (3.9) where t = 0, else the divergence of the reverse step from the posterior (3.10)."
-    mean = self.mean_from_eps(x_t, t, eps)
+    mean, _ = self.q_posterior(predicted, x_t, t)
     terms = mean_flat(normal_kl(*self.q_posterior(x_0, x_t, t), mean, log_variance))
     if t.device.type != 'cpu' or (t == 0).any():  # asking a GPU would make it wait for all work before
         terms = torch.where(t == 0, -mean_flat(discretized_gaussian_log_likelihood(x_0, mean, log_variance)), terms)
@@ -270,12 +264,12 @@ def prior_bits(self: Diffusion, x_0: Tensor) -> Tensor:
     variance, zero = self.at('sqrt_one_minus_alphas_cumprod', t, x_0)**2, torch.zeros_like(x_0)
     return mean_flat(normal_kl(self.at('sqrt_alphas_cumprod', t, x_0)*x_0, variance.log(), zero, zero))/math.log(2)
 
-# %% ../nbs/02_diffusion.ipynb #dd7bf91f
+# %% ../nbs/02_diffusion.ipynb #9ca863cc
 @patch
 @torch.no_grad()
 def bits_per_dimension(
     self: Diffusion,
-    denoiser,  # function (x_t, t) → (eps, log_variance)
+    denoiser,  # function (x_t, t) → (x_0, log_variance)
     x_0: Tensor,  # images [N, C, H, W] on the 256 levels between -1 and 1
     generators: list,  # one torch.Generator per image
     progress: bool = False,
@@ -286,9 +280,9 @@ def bits_per_dimension(
         t = torch.full((len(x_0),), step, device=x_0.device)
         noise = randn(x_0.shape[1:], generators, x_0.device).to(x_0.dtype)
         x_t = self.q_sample(x_0, t, noise)
-        eps, log_variance = denoiser(x_t, t)
-        vlb.append(self.vlb_terms(eps, log_variance, x_0, x_t, t))
-        mse.append(mean_flat((eps - noise)**2))
+        predicted, log_variance = denoiser(x_t, t)
+        vlb.append(self.vlb_terms(predicted, log_variance, x_0, x_t, t))
+        mse.append(mean_flat((self.eps_from_x0(x_t, t, predicted) - noise)**2))
     vlb, prior = torch.stack(vlb, 1), self.prior_bits(x_0)
     return {'total': vlb.sum(1) + prior, 'vlb': vlb, 'prior': prior, 'mse': torch.stack(mse, 1)}
 

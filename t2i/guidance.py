@@ -32,44 +32,38 @@ def classifier_free(
         return diffusion.interpret(torch.cat([guided, conditional[:, channels:]], 1), x_t, t)
     return denoise
 
-# %% ../nbs/lib/guidance.ipynb #4ee830a1
-def static_threshold(
-    denoiser,
-    diffusion: Diffusion,  # the (respaced) process that is sampled
-):  # denoiser
+# %% ../nbs/lib/guidance.ipynb #52c27090
+def static_threshold(denoiser):  # denoiser
     "Clip x̂_0 to [-1, 1] (Ho et al., 2020)."
     def denoise(x_t, t):
-        eps, log_variance = denoiser(x_t, t)
-        x_0 = diffusion.x0_from_eps(x_t, t, eps).clamp(-1, 1)
-        return diffusion.eps_from_x0(x_t, t, x_0), log_variance
+        x_0, log_variance = denoiser(x_t, t)
+        return x_0.clamp(-1, 1), log_variance
     return denoise
 
 
 def dynamic_threshold(
     denoiser,
-    diffusion: Diffusion,  # the (respaced) process that is sampled
     percentile: float = 99.5,  # of the absolute values of each image
 ):  # denoiser
     "Clip x̂_0 to [-s, s] and divide by s, where s ≥ 1 is a percentile of its absolute values (Saharia et al., 2022, section 2.3)."
     if not 0 < percentile <= 100: raise ValueError(f"the percentile of a dynamic threshold is {percentile}: use a number above 0, up to 100")
     def denoise(x_t, t):
-        eps, log_variance = denoiser(x_t, t)
-        x_0 = diffusion.x0_from_eps(x_t, t, eps)
+        x_0, log_variance = denoiser(x_t, t)
         values = x_0.abs().flatten(1).sort(1).values
         rank = percentile/100*(values.shape[1] - 1)  # between two values, as numpy.percentile interpolates
         s = torch.lerp(values[:, math.floor(rank)], values[:, math.ceil(rank)], rank % 1).clamp(min=1).reshape(-1, *[1]*(x_0.ndim - 1))
-        return diffusion.eps_from_x0(x_t, t, x_0.clamp(-s, s)/s), log_variance
+        return x_0.clamp(-s, s)/s, log_variance
     return denoise
 
-# %% ../nbs/lib/guidance.ipynb #a7c1b9a4
+# %% ../nbs/lib/guidance.ipynb #3cdd3aca
 def _check_shift(shift):
     if shift not in ('mean', 'score'): raise ValueError(f"there is no shift {shift!r}: use 'mean' for ddpm, 'score' for ddim and dpm_solver_pp")
 
 
-def _shifted(diffusion, x_t, t, eps, log_variance, gradient, scale, shift):
-    "The noise of a step that follows `gradient`."
-    if shift == 'score': return eps - scale*diffusion.at('sqrt_one_minus_alphas_cumprod', t, x_t)*gradient
-    return diffusion.eps_from_mean(x_t, t, diffusion.mean_from_eps(x_t, t, eps) + scale*log_variance.exp()*gradient)
+def _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift):
+    "The image x̂_0 of a step that follows `gradient`."
+    if shift == 'score': return x_0 + scale*(1 - diffusion.at('alphas_cumprod', t, x_0))/diffusion.at('sqrt_alphas_cumprod', t, x_0)*gradient
+    return x_0 + scale*log_variance.exp()/diffusion.at('posterior_mean_x_0', t, x_0)*gradient
 
 
 def classifier_guidance(
@@ -83,14 +77,14 @@ def classifier_guidance(
     _check_shift(shift)
     if scale == 0: return denoiser
     def denoise(x_t, t):
-        eps, log_variance = denoiser(x_t, t)
+        x_0, log_variance = denoiser(x_t, t)
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             gradient, = torch.autograd.grad(log_prob(x, diffusion.network_timesteps(t)).sum(), x)
-        return _shifted(diffusion, x_t, t, eps, log_variance, gradient, scale, shift), log_variance
+        return _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift), log_variance
     return denoise
 
-# %% ../nbs/lib/guidance.ipynb #3f5bb52a
+# %% ../nbs/lib/guidance.ipynb #4cd2a351
 def clip_guidance(
     denoiser,
     diffusion: Diffusion,  # the (respaced) process that is sampled
@@ -105,9 +99,9 @@ def clip_guidance(
     def denoise(x_t, t):
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            eps, log_variance = denoiser(x, t)
-            similarity = F.cosine_similarity(encode_images(diffusion.x0_from_eps(x, t, eps)), embedding, dim=-1)
+            x_0, log_variance = denoiser(x, t)
+            similarity = F.cosine_similarity(encode_images(x_0), embedding, dim=-1)
             gradient, = torch.autograd.grad(similarity.sum(), x)
-        eps, log_variance = eps.detach(), log_variance.detach()
-        return _shifted(diffusion, x_t, t, eps, log_variance, gradient, scale, shift), log_variance
+        x_0, log_variance = x_0.detach(), log_variance.detach()
+        return _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift), log_variance
     return denoise

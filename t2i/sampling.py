@@ -35,10 +35,10 @@ def _noise_like(x, generators):
         raise ValueError(f"a random sampler needs one generator for each of the {len(x)} images, got {len(generators or [])}: use make_generators(seed, {len(x)})")
     return randn(x.shape[1:], generators, x.device).to(x.dtype)
 
-# %% ../nbs/lib/sampling.ipynb #e8015a4e
+# %% ../nbs/lib/sampling.ipynb #f7086532
 @torch.no_grad()
 def ddpm(
-    denoiser,  # function (x_t, t) → (eps, log_variance)
+    denoiser,  # function (x_t, t) → (x_0, log_variance)
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]
     generators: list,  # one torch.Generator per image
@@ -48,16 +48,16 @@ def ddpm(
     "Ancestral sampling (Ho et al., 2020, Algorithm 2): x_{t-1} ~ N(μ, Σ), without noise at the last step."
     x = x_T
     for step, t in _timesteps(diffusion, x, progress):
-        eps, log_variance = denoiser(x, t)
-        x_0, mean = diffusion.x0_from_eps(x, t, eps), diffusion.mean_from_eps(x, t, eps)
+        x_0, log_variance = denoiser(x, t)
+        mean, _ = diffusion.q_posterior(x_0, x, t)
         x = mean + (0.5*log_variance).exp()*_noise_like(x, generators) if step > 0 else mean
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 
-# %% ../nbs/lib/sampling.ipynb #cf88c796
+# %% ../nbs/lib/sampling.ipynb #a0f0cb60
 @torch.no_grad()
 def ddim(
-    denoiser,  # function (x_t, t) → (eps, log_variance); the variance is not used
+    denoiser,  # function (x_t, t) → (x_0, log_variance); the variance is not used
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]
     generators: 'list | None' = None,  # one torch.Generator per image, needed when eta > 0
@@ -69,18 +69,18 @@ def ddim(
     if not 0 <= eta <= 1: raise ValueError(f"eta is {eta}: use a number from 0 (deterministic) to 1")
     x = x_T
     for step, t in _timesteps(diffusion, x, progress):
-        eps, _ = denoiser(x, t)
-        x_0 = diffusion.x0_from_eps(x, t, eps)
+        x_0, _ = denoiser(x, t)
+        eps = diffusion.eps_from_x0(x, t, x_0)
         a_prev, variance = diffusion.at('alphas_cumprod_prev', t, x), eta**2*diffusion.at('posterior_variance', t, x)
         x = a_prev.sqrt()*x_0 + (1 - a_prev - variance).clamp(min=0).sqrt()*eps
         if eta > 0 and step > 0: x = x + variance.sqrt()*_noise_like(x, generators)
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 
-# %% ../nbs/lib/sampling.ipynb #3a42a95d
+# %% ../nbs/lib/sampling.ipynb #74671067
 @torch.no_grad()
 def dpm_solver_pp(
-    denoiser,  # function (x_t, t) → (eps, log_variance); the variance is not used
+    denoiser,  # function (x_t, t) → (x_0, log_variance); the variance is not used
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]
     generators: 'list | None' = None,  # not used: nothing is random
@@ -93,21 +93,20 @@ def dpm_solver_pp(
     length, shrink, ends = (v.tolist() for v in (lambdas_next - lambdas, ((1 - a_next)/(1 - a)).sqrt(), a_next.sqrt()))  # numbers: nothing to fetch in the loop
     x, x_0_before, h_before = x_T, None, None
     for step, t in _timesteps(diffusion, x, progress):
-        eps, _ = denoiser(x, t)
-        x_0, h = diffusion.x0_from_eps(x, t, eps), length[step]
+        (x_0, _), h = denoiser(x, t), length[step]
         middle = x_0 if x_0_before is None or step == 0 else x_0 + h/(2*h_before)*(x_0 - x_0_before)
         x = shrink[step]*x - ends[step]*math.expm1(-h)*middle
         x_0_before, h_before = x_0, h
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 
-# %% ../nbs/lib/sampling.ipynb #6857f23c
+# %% ../nbs/lib/sampling.ipynb #8d4ce6b1
 SAMPLERS = {'ddpm': ddpm, 'ddim': ddim, 'dpm_solver_pp': dpm_solver_pp}
 
 
 def sample(
     sampler: str,  # 'ddpm', 'ddim' or 'dpm_solver_pp'
-    denoiser,  # function (x_t, t) → (eps, log_variance)
+    denoiser,  # function (x_t, t) → (x_0, log_variance)
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]
     generators: 'list | None' = None,  # one torch.Generator per image

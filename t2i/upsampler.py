@@ -96,7 +96,7 @@ def with_low_res(
         return model(torch.cat([x_t, F.interpolate(low_res, size=x_t.shape[-2:], mode=enlarge, align_corners=False)], 1), t, **condition)
     return network
 
-# %% ../nbs/lib/upsampler.ipynb #b4d697a7
+# %% ../nbs/lib/upsampler.ipynb #cf1f7a4c
 def super_resolve(
     diffusion: Diffusion,
     model: Upsampler,  # in eval mode
@@ -121,7 +121,7 @@ def super_resolve(
             small, c = low_res[part].to(device), y[part].to(device)
             x_T = randn(shape, generators[part], device)
             if model.embedding_size: c = condition(c, torch.full((len(c),), float(noise), device=device))
-            denoiser = static_threshold(diffusion.denoiser(with_low_res(model, small, model.enlarge), y=c), diffusion)
+            denoiser = static_threshold(diffusion.denoiser(with_low_res(model, small, model.enlarge), y=c))
             drawn.append(sample(sampler, denoiser, diffusion, x_T, generators[part], progress=progress).clamp(-1, 1).cpu())
             bar.update(len(x_T))
     return torch.cat(drawn)
@@ -190,7 +190,7 @@ def choose_labels(
         raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one for each of the {len(low_res)} pictures")
     return torch.tensor([int(l) for l in labels])
 
-# %% ../nbs/lib/upsampler.ipynb #c434fa2a
+# %% ../nbs/lib/upsampler.ipynb #3ae29bbc
 def crop_at(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     "A square of each picture: x [N, H, W, C] is cut at the rows `top` and columns `left`, both [N]."
     return torch.stack([each[i:i + size, j:j + size] for each, i, j in zip(x, top.tolist(), left.tolist())])
@@ -198,7 +198,7 @@ def crop_at(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
 
 def redraw(
     diffusion: Diffusion,
-    denoiser,  # function (x_t, t) → (eps, log_variance)
+    denoiser,  # function (x_t, t) → (x_0, log_variance)
     x_0: Tensor,  # pictures [N, C, H, W] in [-1, 1]
     t: Tensor,  # LongTensor [N]: how far back each one goes; at 0 it hardly changes, at timesteps - 1 nothing of it is left
     noise: Tensor,  # ~ N(0, I), of x_0's shape
@@ -207,9 +207,8 @@ def redraw(
     "Pictures that are noised up to a timestep of their own, and denoised from there by DDIM (SDEdit; Meng et al., 2021)."
     x_t = diffusion.q_sample(x_0, t, noise)
     for left in range(steps - 1, -1, -1):
-        eps, _ = denoiser(x_t, t)
-        x_0 = diffusion.x0_from_eps(x_t, t, eps)
-        t = t*left//(left + 1)
+        x_0, _ = denoiser(x_t, t)
+        eps, t = diffusion.eps_from_x0(x_t, t, x_0), t*left//(left + 1)
         x_t = diffusion.q_sample(x_0, t, eps)
     return x_0.clamp(-1, 1)
 
