@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from t2i.clip import CLIP
-from t2i.core import get_device, load_preset, save_json
+from t2i.core import load_preset, save_json
 from t2i.data import load_emoji
 from t2i.experiments import REAL, VARIANTS, draw_pairs, draw_variant, measure
 from t2i.judge import COMPOSED, TrainingPictures, caption_ranks, compose, fid_error, part_scores
@@ -52,20 +52,23 @@ def goals(table):
     }
 
 
-if __name__ == '__main__':
-    n, device = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, get_device(None)
-    pipe, judge, training, pairs = TextToImage.from_preset('emoji', device), load_judge(device), TrainingPictures(device, cache='cache/training_features.safetensors'), draw_pairs(n, SEED)
-    folder = RUN/f"pictures_{pipe.fingerprints()['decoder']}"  # other weights, other pictures
-    drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=True) for variant in VARIANTS}
-    real = extract_features(pairs.images, device=device).pooled
-    others = np.random.default_rng(SEED).permutation(len(training.pictures))[:n]  # there are only 1,000 held-out pictures: their other half are training pictures
+def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict:
+    "Every judgement about one picture of each variant for each pair; `folder` keeps the pictures."
+    drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=progress) for variant in VARIANTS}
+    real = extract_features(pairs.images, device=pipe.device).pooled
+    others = np.random.default_rng(SEED).permutation(len(training.pictures))[:len(pairs)]  # there are only 1,000 held-out pictures: their other half are training pictures
     floor = np.concatenate([pairs.images, np.stack([np.asarray(training.pictures[i]) for i in others])])
-    table = measure(drawn, pairs, floor, pipe.clip, device=device)
+    table = measure(drawn, pairs, floor, pipe.clip, device=pipe.device)
     table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
-    composed = pipe([compose(t)[0] for t in COMPOSED], generator=0)
-    parts = part_scores(judge, COMPOSED, composed)
+    parts = part_scores(judge, COMPOSED, pipe([compose(t)[0] for t in COMPOSED], generator=0))
     table.attrs['parts'] = parts.right.mean()
-    for name, (found, goal) in goals(table).items(): print(f'{name:<75} {found:>8.3f}   goal {goal}')
-    save_json(HERE/'results/judge.json', {
-        'pictures': n, 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
-        'parts': parts.to_dict('records'), 'weights': pipe.fingerprints(), 'sampling': dict(pipe.preset.sampling), 'device': str(device), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')})
+    return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
+            'parts': parts.to_dict('records'), 'weights': pipe.fingerprints(), 'sampling': dict(pipe.preset.sampling), 'device': str(pipe.device), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')}
+
+
+if __name__ == '__main__':
+    n, pipe = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, TextToImage.from_preset('emoji')
+    folder = RUN/f"pictures_{pipe.fingerprints()['decoder']}"  # other weights, other pictures
+    found = judge_variants(pipe, load_judge(pipe.device), TrainingPictures(pipe.device, cache='cache/training_features.safetensors'), draw_pairs(n, SEED), folder, progress=True)
+    for name, goal in found['goals'].items(): print(f"{name:<75} {goal['found']:>8.3f}   goal {goal['goal']}")
+    save_json(HERE/'results/judge.json', found)

@@ -29,8 +29,8 @@ def study(
     out: 'Path | None' = None,
     seed: int = 42,
     **settings,
-) -> list:
-    "One row for each sampler and number of steps: the metrics against the real pictures of the same captions."
+) -> dict:
+    "Under `rows` one for each sampler and number of steps: the metrics against the real pictures of the same captions."
     pairs = draw_pairs(2*n, seed)
     floor, pairs = real_vs_real(pairs.images, device=pipe.device), pairs.first(n)
     real, y = extract_features(pairs.images, device=pipe.device), pipe.embed_captions(pairs.captions)

@@ -13,13 +13,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import baseline
 import costs
 import growth
+import judge
 import measure
 import rival
 import speed
+import steps
+import tuning
 from t2i.core import load_preset, make_generators, randn
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
-from t2i.pipeline import draw_to_folder
+from t2i.experiments import REAL, VARIANTS, draw_pairs
+from t2i.judge import COMPOSED, TrainingPictures
+from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.sampling import SAMPLERS
 from t2i.unet import UNet, stage_table
 
@@ -143,3 +148,33 @@ def test_growth_is_measured_on_data_of_the_right_form(tmp_path):
     growth.save_prepared(tmp_path/'train', 3, 2, 8, 16)
     data = PreparedDataset(tmp_path/'train')
     assert len(data) == 6 and data.images(torch.arange(6)).shape == (6, 16, 16, 3) and data.image_embeddings([5]).dtype == torch.float32
+
+
+@pytest.fixture
+def pipe():
+    return TextToImage.from_preset('smoke', 'cpu')
+
+
+def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
+    expert = TextToImage.from_preset('emoji', 'cpu').clip
+    found = judge.judge_variants(pipe, expert, TrainingPictures('cpu', limit=8), draw_pairs(8, judge.SEED), tmp_path)
+    assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(COMPOSED) and len(found['goals']) == 8
+    assert 0 < found['variants'][REAL]['recall@1'] <= found['variants'][REAL]['recall@10'] and found['variants'][REAL]['copies'] == 0
+    full, decoder = (found['variants'][name] for name in ('Full pipeline', 'Image decoder only'))
+    assert found['goals']['FID of the full pipeline / image decoder only']['found'] == pytest.approx(full['fid']/decoder['fid'])
+
+
+def test_tuning_changes_one_setting_at_a_time(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, 'CHANGES', [{}, {'guidance_scale': pipe.preset.sampling.guidance_scale}, {'thresholding': 'none'}, {'num_inference_steps': pipe.preset.sampling.steps + 3}])
+    usual = dict(pipe.preset.sampling)
+    same, again, without, longer = tuning.tune(pipe, pipe.clip, draw_pairs(8, 0), tmp_path)['settings']
+    assert dict(pipe.preset.sampling) == usual
+    assert same['fid'] == again['fid'] and len({same['fid'], without['fid'], longer['fid']}) == 3
+
+
+def test_the_study_of_steps_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch):
+    def run(k): return steps.study(pipe, 8, k, ['ddim'], tmp_path/'pictures', tmp_path/'steps.json')['rows']
+    first = run([2])
+    monkeypatch.setattr(steps, 'draw_to_folder', lambda *args, num_inference_steps, **kw: [pytest.fail('drawn again') if num_inference_steps == 2 else p for p in draw_to_folder(*args, num_inference_steps=num_inference_steps, **kw)])
+    both = run([2, 3])
+    assert both[0] == first[0] and [row['num_inference_steps'] for row in both] == [2, 3] and json.loads((tmp_path/'steps.json').read_text())['rows'] == both
