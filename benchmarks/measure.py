@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from t2i.core import uses_bfloat16
+
 RESULTS, REPOSITORY = Path(__file__).parent/'results', Path(__file__).parents[1]
 
 
@@ -114,6 +116,6 @@ def machine(device='cpu') -> dict:
 
 
 def machine_name(device) -> str:
-    "A name for the file of the results: the GPU's, or the processor's with its number of cores."
-    what = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else f'{processor()} {len(os.sched_getaffinity(0))} cores'
+    "A name for the file of the results: the GPU's, or the processor's with its number of cores and what they compute in, if not float32."
+    what = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else f'{processor()} {len(os.sched_getaffinity(0))} cores{" bfloat16"*uses_bfloat16(device)}'
     return re.sub(r'[^a-z0-9]+', '-', what.lower()).strip('-')

@@ -16,7 +16,7 @@ import torch
 import baseline, costs, rival
 from growth import growth, save_prepared
 from measure import REPOSITORY, RESULTS, alternate, compare, machine, machine_name, matmul_rate, peak_memory
-from t2i.core import ASSETS, autocast, get_device, has_fast_bfloat16, load_preset, load_weights, make_generators, randn, save_json
+from t2i.core import ASSETS, autocast, get_device, load_preset, load_weights, make_generators, randn, save_json, uses_bfloat16
 from t2i.data import Statistics
 from t2i.decoder import DecoderTask, decode, guided_denoiser, make_decoder, make_diffusion
 from t2i.experiments import draw_pairs
@@ -64,7 +64,7 @@ class Bench:
     def __init__(self, preset, device, tiny=False, seconds=20.):
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
-        self.dtype = torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
+        self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
         self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, 12, 4)
         self.model, self.diffusion = network(self.preset, self.device), make_diffusion(self.preset)
         self.gflop = stage_table(self.model).GFLOP.sum()
@@ -201,11 +201,11 @@ class Bench:
 
     def precision(self) -> dict:
         "Do pictures drawn in bfloat16 differ less from float32's of the same noise than those of two seeds do? KID, and how many grey levels lie between."
-        if not (self.tiny or has_fast_bfloat16(self.device)): return {'missing': "this machine has no bfloat16 in hardware, so all is drawn in float32"}
+        if not (self.tiny or uses_bfloat16(self.device)): return {'missing': "this machine has no bfloat16 in hardware, so all is drawn in float32"}
         pipe, n = TextToImage.from_preset(self.preset if self.preset.get('weights') or self.tiny else 'emoji', self.device), 16 if self.tiny else 500
         y = pipe.embed_captions(draw_pairs(n).captions)
         def draw(seed, dtype):
-            with unittest.mock.patch('t2i.decoder.autocast', lambda device: torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)):
+            with unittest.mock.patch.dict(os.environ, T2I_PRECISION=str(dtype).removeprefix('torch.')):
                 return np.stack([np.asarray(picture) for picture in pipe(image_embeddings=y, generator=seed)])
         exact, rounded, other = draw(0, torch.float32), draw(0, torch.bfloat16), draw(1, torch.float32)
         kid = {name: evaluate(pictures, exact, device=self.device) for name, pictures in (('bfloat16, same noise', rounded), ('float32, other noise', other))}

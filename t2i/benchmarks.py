@@ -43,7 +43,8 @@ def speed_table(
     rows = []
     for presets in (results or load_benchmarks()).values():
         for preset, found in presets.items():
-            where = found['machine']['sampling'].get('gpu') or f"{found['machine']['sampling']['processor']}, {cores(found['machine']['sampling'])}"
+            m = found['machine']['sampling']
+            where = ', '.join([m['gpu']] if 'gpu' in m else [m['processor'], cores(m)]) + f", {found['sampling']['precision']}"
             def add(what, value, against, ratio): rows.append({'preset': preset, 'what': what, 'measured': value, 'against': against, 'times faster': ratio, 'where': where})
             for section, what in (('sampling', 'a guided sampling step'), ('training', 'a training step')):
                 if section not in found: continue

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'EXHIBITS', 'in_test', 'Preset', 'preset_names', 'load_preset', 'get_device',
-           'has_fast_bfloat16', 'autocast', 'keep_freed_memory', 'image_seeds', 'make_generators', 'randn', 'on_white',
+           'uses_bfloat16', 'autocast', 'keep_freed_memory', 'image_seeds', 'make_generators', 'randn', 'on_white',
            'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights',
            'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
@@ -71,17 +71,22 @@ def get_device(device: 'str | torch.device | None' = None) -> torch.device:
     return device
 
 
-def has_fast_bfloat16(device) -> bool:
-    "Whether `device` multiplies bfloat16 matrices in hardware."
+def uses_bfloat16(device) -> bool:
+    """Whether networks multiply in bfloat16 on `device`: where its hardware does, unless the environment variable `T2I_PRECISION` says 'float32' or 'bfloat16'.
+
+    Raises `ValueError` if it says something else."""
+    wanted = os.environ.get('T2I_PRECISION', '')
+    if wanted not in ('', 'float32', 'bfloat16'): raise ValueError(f"the environment variable T2I_PRECISION is {wanted!r}: set it to 'float32' or 'bfloat16', or unset it for what the hardware is best at")
+    if wanted: return wanted == 'bfloat16'
     if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     probe = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     return bool(probe())
 
 
 def autocast(device):
-    "Mixed precision where it pays: bfloat16 autocast on hardware that has it, float32 elsewhere."
+    "Mixed precision where it pays, see `uses_bfloat16`; float32 elsewhere."
     device = torch.device(device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device))
 
 # %% ../nbs/00_core.ipynb #4597109d
 def keep_freed_memory():

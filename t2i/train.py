@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .core import atomic_path, get_device, has_fast_bfloat16, load_into, load_weights, make_generators, save_json, save_weights
+from .core import atomic_path, get_device, uses_bfloat16, load_into, load_weights, make_generators, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
@@ -177,7 +177,7 @@ class _Run:
         self.task, self.out, self.seed, self.hours = task, Path(out), seed, hours
         device = get_device(device)
         self.c = make_config(config, device)
-        self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if has_fast_bfloat16(device) else 'no')
+        self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if uses_bfloat16(device) else 'no')
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
         self.share()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('T2I_PRECISION', 'float32')  # the same numbers on every machine; of bfloat16 is what asks for it
 
 from pathlib import Path
 

@@ -128,3 +128,16 @@ def test_a_compiled_pipeline_draws_the_same_pictures_in_one_graph(pipe):
     compiled = TextToImage.from_preset('smoke', device='cpu').compile(backend='eager', fullgraph=True)
     assert compiled('a red apple', generator=1) == pipe('a red apple', generator=1)
     assert compiled.decoder._compiled_call_impl and compiled.fingerprints() == pipe.fingerprints()
+
+
+def test_bfloat16_draws_nearly_the_same(pipe, monkeypatch):
+    draw = lambda seed: torch.stack([torch.from_numpy(np.array(picture)).float() for picture in pipe(['a red apple', 'a cat'], generator=seed)])
+    exact, other = draw(0), draw(1)
+    monkeypatch.setenv('T2I_PRECISION', 'bfloat16')
+    rounded = draw(0)
+    assert 0 < (rounded - exact).abs().mean() < (other - exact).abs().mean()/5
+
+
+def test_unknown_precision(pipe, monkeypatch):
+    monkeypatch.setenv('T2I_PRECISION', 'half')
+    with pytest.raises(ValueError, match="T2I_PRECISION is 'half': set it to 'float32' or 'bfloat16'"): pipe('a red apple')
