@@ -7,7 +7,7 @@ __all__ = ['timestep_embedding', 'GroupNorm32', 'zero', 'ResBlock', 'Attention',
            'activation_memory']
 
 # %% ../nbs/lib/unet.ipynb #58b359d9
-import copy, math
+import contextlib, copy, math
 from functools import partial
 
 import torch
@@ -218,9 +218,9 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        h = F.pixel_shuffle(self.out(h), self.pixel_unshuffle)
-        if self.seams: h = h + self.seams(torch.cat([h, x], dim=1))
-        return h.float()
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layers by 2s - 1
+            h = F.pixel_shuffle(self.out(h.float()), self.pixel_unshuffle)
+            return h + self.seams(torch.cat([h, x], dim=1)) if self.seams else h
 
     def _run(self, stage, h, emb):
         if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(stage, h, emb, use_reentrant=False)
