@@ -182,7 +182,7 @@ class _Run:
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
         self.share()
         self.step, self.examples, self.elapsed, self.best, self.since_best, self.energy_before = 0, 0, 0., math.inf, 0, {'kwh': 0., 'kg_co2': 0.}
-        self.terminated = False
+        self.asked_to_stop = self.terminated = False
         self.wrap(initial)
 
     def share(self):
@@ -350,7 +350,7 @@ class _Run:
         if row['loss'] > self.c.explosion*lowest: raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
         return row
 
-    def terminate(self, *_): self.terminated = True
+    def terminate(self, *_): self.asked_to_stop = True  # at any moment: the loop decides after the next step
 
     def run(self) -> Path:
         from tqdm.auto import tqdm
@@ -373,7 +373,7 @@ class _Run:
                 while not self.finished and not self.terminated:
                     for k, v in self.train_step().items(): sums[k] = sums.get(k, 0) + v
                     since += 1
-                    self.elapsed, due, self.terminated = self.agree(time.time() - start, time.time() - saved > self.c.save_minutes*60, self.terminated)
+                    self.elapsed, due, self.terminated = self.agree(time.time() - start, time.time() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update()
                     due, row = due or self.finished or self.terminated, {}
                     if self.step % self.c.log_every == 0 or due:

@@ -123,6 +123,17 @@ def test_full_disk_spares_the_checkpoint(tmp_path):
     assert not list(tmp_path.glob('.checkpoint*')), 'half a checkpoint was left behind'
 
 
+def test_sigterm_while_the_log_is_written(tmp_path, monkeypatch):
+    write = Log.write
+    def disturbed(self, step, **values):
+        write(self, step, **values)
+        if step == 4: signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(Log, 'write', disturbed)
+    with pytest.raises(SystemExit) as e: train(Line(), LINE | {'log_every': 1, 'save_minutes': 60.}, tmp_path, device='cpu', progress=False)
+    assert e.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 5
+
+
 def test_pieces_of_a_batch_add_up(tmp_path):
     for name, config in (('whole', {}), ('pieces', dict(micro_batch=4))): train(Line(), LINE | config | {'log_every': 1}, tmp_path/name, device='cpu', progress=False)
     torch.testing.assert_close(losses(tmp_path/'pieces'), losses(tmp_path/'whole'), atol=1e-5, rtol=0)
