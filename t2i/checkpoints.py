@@ -34,11 +34,11 @@ def _missing(folder: Path, what: str, names: list) -> FileNotFoundError:
 
 def find_checkpoint(
     folder: 'str | Path',
-    model: str,  # 'translator', 'decoder' or 'upsampler'
+    model: str,  # 'clip', 'translator', 'decoder', 'classifier' or 'upsampler'
     optional: bool = False,  # None if the folder has no such file
 ) -> 'Path | None':
     "The file of a model in a folder of checkpoints; a `FileNotFoundError` says what was looked for."
-    folder, names = Path(folder), [f'{model}.safetensors', *PUBLISHED[model]]
+    folder, names = Path(folder), [f'{model}.safetensors', *PUBLISHED.get(model, [])]
     for name in names:
         if (folder/name).is_file(): return folder/name
     if not optional: raise _missing(folder, model, names)

@@ -152,11 +152,13 @@ def _trained(name, make, preset, runs: Path, device='cpu'):
     return path and load_checkpoint(make(preset), name, path).eval().requires_grad_(False).to(get_device(device))
 
 
-def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None) -> Path:
-    "Train one stage of a preset in the folder `runs` → the path of its weights."
+def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None) -> Path:
+    "Train one stage of a preset in the folder `runs`, from random weights or those in the folder `initial` → the path of its weights."
     import torch
+    from t2i.checkpoints import find_checkpoint
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
+    weights = initial and load_weights(find_checkpoint(initial, stage))[0]
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
@@ -181,7 +183,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
         task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs))
-    return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours)
+    return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=weights)
 
 
 @app.command()
@@ -192,6 +194,7 @@ def train(
     hours: Optional[float] = typer.Option(None, help='Time budget, shared by the stages that are trained; what is left of it is used when a run goes on.'),
     prepared: Optional[Path] = typer.Option(None, help='Folder that `t2i prepare` wrote; default: the one in the run, made from the emoji if it is missing.'),
     large: Optional[Path] = typer.Option(None, help='The same pictures at the size of the upsampler, prepared; default: the emoji, drawn into cache/emoji_256.'),
+    initial: Optional[Path] = typer.Option(None, help='Folder of weights to start from, with a new optimiser; default: random weights. A run that goes on has its own.'),
     data: Optional[List[Path]] = typer.Option(None, help='Folder of your own pictures and captions: trains translator and decoder on them, from the weights that ship.'),
     scratch: bool = typer.Option(False, '--scratch', help='With --data: start from random weights.'),
     seed: int = typer.Option(0),
@@ -202,15 +205,15 @@ def train(
         if stage not in (*STAGES, 'all'): raise ValueError(f"there is no stage {stage!r}: use one of {', '.join(STAGES)}, or all")
         settings = load_preset(preset)
         if data:
-            if stage != 'all' or prepared: raise ValueError("--data trains translator and decoder on your pictures: leave out the stage and --prepared")
+            if stage != 'all' or prepared or initial: raise ValueError("--data trains translator and decoder on your pictures, from the weights that ship: leave out the stage, --prepared and --initial")
             if not out: raise ValueError("--data needs a folder for the new model: name it with --out")
             from t2i.own_data import train_on
             return typer.echo(train_on(data, out, settings, *([hours] if hours else []), scratch=scratch, seed=seed, device=device))
-        if scratch: raise ValueError("--scratch is for your own pictures: without --data, training always starts from random weights")
+        if scratch: raise ValueError("--scratch is for your own pictures: without --data, training starts from random weights unless you give --initial")
         wanted = {s: share for s, share in STAGES.items() if stage == s or stage == 'all' and s in settings.get('train', {})}
         for each, share in wanted.items():
             budget = hours and hours*share/sum(wanted.values())
-            typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, budget, seed, device, prepared, large))
+            typer.echo(train_stage(each, settings, out or Path('runs')/settings.name, budget, seed, device, prepared, large, initial))
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e: _say(str(e))
 
 # %% ../nbs/lib/cli.ipynb #e5d1d0ac

@@ -5,12 +5,13 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from t2i import data
 from t2i.cli import app
-from t2i.core import load_preset, save_weights
+from t2i.core import load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.pipeline import TextToImage
 
@@ -145,6 +146,22 @@ def test_undecodable_pictures_in_training(shards, tmp_path, monkeypatch):
     assert result.exit_code == 0 and '3 pictures were skipped' in result.output, result.output
     report = (tmp_path/'run/prepared/report.json').read_text()
     assert all(key in report for key in bad)
+
+
+def test_training_starts_from_weights_that_it_is_given(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    train = lambda out, *options: shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/out, *options)
+    packed, weights = tmp_path/'packed', lambda path: torch.cat([v.flatten() for v in load_weights(path)[0].values()])
+    assert train('random').exit_code == 0 and shell('pack', '--preset', 'smoke', '--runs', tmp_path/'random', '--out', packed).exit_code == 0
+    given = weights(packed/'translator.safetensors')
+    distance = {}
+    for out, options in {'other random': (), 'given': ('--initial', packed)}.items():
+        done = train(out, '--seed', 1, *options)
+        assert done.exit_code == 0, done.output
+        distance[out] = (weights(tmp_path/out/'translator/weights.safetensors') - given).norm()
+    assert 0 < distance['given'] < 0.3*distance['other random']
+    says(train('none', '--initial', tmp_path/'nowhere'), 'there is no folder', 'nowhere')
+    says(train('none', '--initial', shards[0]), 'has no translator.safetensors')
 
 
 @pytest.mark.parametrize('stage', ['clip', 'classifier'])
