@@ -43,6 +43,7 @@ def stage(layers, x, emb):
     for layer in layers:
         if isinstance(layer, ResBlock): x = resblock(layer, x, emb)
         elif isinstance(layer, Attention): x = attention(layer, x)
+        elif isinstance(layer, nn.SiLU): x = F.silu(x)
         else: x = conv(layer, x)
     return x
 
@@ -63,7 +64,7 @@ class Baseline(nn.Module):
         h = stage(model.middle_block, h, emb)
         for layers in model.output_blocks: h = stage(layers, torch.cat([h, skips.pop()], 1), emb)
         h = F.pixel_shuffle(conv(model.out[2], F.silu(norm(model.out[0], h))), model.pixel_unshuffle)
-        if model.seams: h = h + conv(model.seams[2], F.silu(conv(model.seams[0], torch.cat([h, x], 1))))
+        if model.seams: h = h + F.pixel_shuffle(stage(model.seams, F.pixel_unshuffle(torch.cat([h, x], 1), model.seam_unshuffle), emb), model.seam_unshuffle)
         return h
 
 

@@ -120,12 +120,12 @@ def _kind(layer):
 def trace_unet(
     model: UNet,  # on any device; it is not changed
 ) -> tuple:  # list of TracedLayer in the order of the pass; {stage: the stage whose output is joined to its input}
-    "What happens in one pass of a U-Net, layer by layer."
+    "What happens in one pass of a U-Net, layer by layer, but for the seams."
     model = copy.deepcopy(model).to('meta')
     layers, inputs, outputs = [], {}, {}
     def note_stage(name, x, h): inputs[name], outputs[name] = x[0], h
     def note_layer(name, layer, x, h): layers.append(TracedLayer(name, _kind(layer), x[0].shape[1], *h.shape[1:3]))
-    for name, stage in [*((n, m) for n, m in model.named_modules() if isinstance(m, Stage)), ('out', [model.out])]:
+    for name, stage in [*((n, m) for n, m in model.named_modules() if isinstance(m, Stage) and n != 'seams'), ('out', [model.out])]:
         if name != 'out': stage.register_forward_hook(lambda _, x, h, name=name: note_stage(name, x, h))
         for layer in stage: layer.register_forward_hook(lambda layer, x, h, name=name: note_layer(name, layer, x, h))
     with torch.no_grad(), torch.device('meta'), _Joins() as joins:
@@ -150,6 +150,7 @@ def _describe(layer):
     if isinstance(layer, nn.GroupNorm): return _Step(f'GroupNorm\n{layer.num_groups} groups', 'norm')
     if isinstance(layer, nn.LayerNorm): return _Step(f'LayerNorm\n{layer.normalized_shape[0]}', 'norm')
     if isinstance(layer, nn.Dropout): return _Step(f'Dropout\n{layer.p:g}', 'dropout')
+    if isinstance(layer, ResBlock): return _Step(f'ResBlock\n{layer.in_layers[-1].out_channels}', 'ResBlock')
     return _Step(name, 'activation')
 
 
@@ -241,8 +242,8 @@ def _draw_ends(axis, model, columns, places, width):
 
 
 def _draw_seams(axis, model, image, blocks, joint, y):
-    "The convolutions on pixels, above the row at height y: from the input and the blocks to their sum."
-    size, above = model.image_size, y + 0.6
+    "The layers that mend the seams, above the row at height y: from the input and the blocks to their sum."
+    size, above = model.image_size//model.seam_unshuffle, y + 0.6
     row = [_Step(f'joined\n{model.seams[0].in_channels}×{size}×{size}', 'data'), *map(_describe, model.seams)]
     _row(axis, joint.x - 0.15 - _length(row), above, row, height=0.38)
     _arrow(axis, (image.x, y + 0.19), (image.x, above), (row[0].left, above))

@@ -304,7 +304,7 @@ class _Run:
     # -- what happens now and then: in all processes alike, so that none waits for another -----------------------
     @contextlib.contextmanager
     def evaluation(self):
-        "The model with its averaged weights, in eval mode."
+        "The model with its averaged weights, in eval mode; not compiled, since its batches are of other sizes."
         def swap():
             for p, a in zip(self.parameters, self.average or ()):
                 kept = p.detach().clone()
@@ -313,7 +313,7 @@ class _Run:
         with torch.no_grad(): swap()
         self.model.eval()
         try:
-            with torch.no_grad(): yield self.accelerator.unwrap_model(self.model)
+            with torch.no_grad(), torch.compiler.set_stance('force_eager' if self.c.compile else 'default'): yield self.accelerator.unwrap_model(self.model)
         finally:
             with torch.no_grad(): swap()
             self.model.train()

@@ -34,18 +34,29 @@ class GroupNorm32(nn.GroupNorm):
     "Group normalisation over 32 groups, computed in float32 whatever the precision of the activations."
     def __init__(self, channels): super().__init__(32, channels)
 
-    def forward(self, x):
-        "[N, C, …] → the same shape."
-        if x.device.type != "cpu" or torch.is_grad_enabled(): return super().forward(x.float()).to(x.dtype)
-        h = x.flatten(2).float()  # PyTorch's kernel for a CPU takes three times as long where few channels of a group lie side by side
-        h = h - self._of_groups(h)
-        scale = self.weight[:, None] * (self._of_groups(h.square()) + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None], h, scale).to(x.dtype).view_as(x)
+    def forward(self, x, scale=None, shift=None):
+        "[N, C, …] → the same shape; with `scale` and `shift` [N, C] then times 1 + scale, plus shift."
+        if x.device.type == "cpu" and not torch.is_grad_enabled(): return self._in_one_walk(x, scale, shift)
+        h = super().forward(x.float()).to(x.dtype)
+        if scale is None: return h
+        scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
+        return h * (1 + scale) + shift
+
+    def _in_one_walk(self, x, scale, shift):
+        "All of it as one factor a and one summand b for each channel. PyTorch's kernel for a CPU, and each operation after it, walks over all features again."
+        h = x.flatten(2)  # [N, C, positions]
+        mean, square = (self._of_groups(v) for v in (h, h * h))
+        a = self.weight.view(self.num_groups, -1) * (torch.addcmul(square, mean, mean, value=-1) + self.eps).rsqrt()  # [N, groups, channels of a group]
+        b = torch.addcmul(self.bias.view(self.num_groups, -1), mean, a, value=-1)
+        a, b = a.flatten(1), b.flatten(1)
+        if scale is not None:
+            factor = 1 + scale
+            a, b = a * factor, torch.addcmul(shift, b, factor)
+        return torch.addcmul(b[..., None].to(x.dtype), h, a[..., None].to(x.dtype)).view_as(x)
 
     def _of_groups(self, h):
-        "The mean of every channel's group, [N, C, positions] → [N, C, 1]."
-        means = h.mean(2).unflatten(1, (self.num_groups, -1))
-        return means.mean(2, keepdim=True).expand_as(means).reshape(*h.shape[:2], 1)
+        "The mean of every group, [N, C, positions] → float32 [N, groups, 1]."
+        return h.sum(2, dtype=torch.float32).view(len(h), self.num_groups, -1).sum(2, keepdim=True) / (h[0].numel() // self.num_groups)
 
 # %% ../nbs/lib/unet.ipynb #a59ed9ab
 def zero(module):
@@ -82,12 +93,8 @@ class ResBlock(nn.Module):
         norm_in, act_in, conv_in = self.in_layers
         h = conv_in(self._resample(act_in(norm_in(x))))
         norm_out, *rest = self.out_layers
-        emb = self.emb_layers(emb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm_out(h) * (1 + scale) + shift
-        else:
-            h = norm_out(h + emb)
+        emb = self.emb_layers(emb)
+        h = norm_out(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm_out(h + emb[:, :, None, None])
         for layer in rest: h = layer(h)
         return self.skip_connection(self._resample(x)) + h
 
@@ -110,9 +117,15 @@ class Attention(nn.Module):
         n, c, height, width = x.shape
         h = self._linear(self.qkv, self.norm(x).flatten(2).transpose(1, 2))  # [N, H·W, 3C]
         q, k, v = h.view(n, height * width, self.num_heads, 3, -1).transpose(1, 2).unbind(3)  # each [N, heads, H·W, channels of a head]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        h = self._attend(q, k, v).transpose(1, 2).reshape(n, height * width, c)
         h = x + self._linear(self.proj_out, h).transpose(1, 2).view_as(x)
         return h / math.sqrt(2) if self.rescale else h
+
+    @staticmethod
+    def _attend(q, k, v):
+        if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()): return F.scaled_dot_product_attention(q, k, v)
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # the fused kernel's way back takes seven times as long in bfloat16 on a CPU
+        return weights.float().softmax(-1).to(v.dtype) @ v
 
     @staticmethod
     def _linear(conv, h): return F.linear(h, conv.weight.squeeze(-1), conv.bias)  # a convolution of width 1, on positions × channels
@@ -143,14 +156,16 @@ class UNet(nn.Module):
                  embedding_size=None, # y is a CLIP embedding of this size
                  num_classes=None, # y is a class label below this
                  pixel_unshuffle=1, # work on f×f pixel blocks as channels, at 1/f of the resolution
-                 seam_channels=0, # width of two convolutions on the pixels, which mend the seams between blocks; 0: none
+                 seam_channels=0, # width of the layers at the end that mend the seams between blocks; 0: none
+                 seam_unshuffle=1, # they work on f×f pixel blocks as channels, smaller ones than the network
+                 seam_blocks=0, # ResBlocks between their two convolutions
                  gradient_checkpointing=False, # recompute activations in the backward pass: less memory, a third more time
                  scale_shift=True, # see `ResBlock`
                  rescale_attention=False, # see `Attention`
                  linear_projection=False # project the embedding by one Linear, as the text says (released: two and a SiLU)
                  ):
         super().__init__()
-        _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads)
+        _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads, seam_unshuffle)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.embedding_size, self.num_classes = model_channels, embedding_size, num_classes
         self.pixel_unshuffle, self.gradient_checkpointing = pixel_unshuffle, gradient_checkpointing
@@ -158,8 +173,9 @@ class UNet(nn.Module):
         resblock = partial(ResBlock, emb_channels=4 * model_channels, dropout=dropout, scale_shift=scale_shift)
         attention = lambda width: Attention(width, num_heads or width // num_head_channels, rescale_attention)
         self._build_stages(resblock, attention, channel_mult, num_res_blocks, attention_resolutions)
-        self.seams = nn.Sequential(nn.Conv2d(out_channels + in_channels, seam_channels, 3, padding=1), nn.SiLU(),
-                                   zero(nn.Conv2d(seam_channels, out_channels, 3, padding=1))) if seam_channels else None
+        self.seam_unshuffle, block, width = seam_unshuffle, seam_unshuffle ** 2, seam_channels
+        self.seams = Stage(nn.Conv2d(block * (out_channels + in_channels), width, 3, padding=1), *[resblock(width, width) for _ in range(seam_blocks)],
+                           nn.SiLU(), zero(nn.Conv2d(width, block * out_channels, 3, padding=1))) if seam_channels else None
 
     def _build_embeddings(self, channels, emb_channels, linear_projection):
         mlp = lambda n: nn.Sequential(nn.Linear(n, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
@@ -218,20 +234,23 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layers by 2s - 1
-            h = F.pixel_shuffle(self.out(h.float()), self.pixel_unshuffle)
-            return h + self.seams(torch.cat([h, x], dim=1)) if self.seams else h
+        with contextlib.nullcontext() if x.is_meta or torch.is_grad_enabled() else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layer by 2s - 1
+            h = F.pixel_shuffle(self.out(h.float()), self.pixel_unshuffle).float()
+        if not self.seams: return h
+        mended = self._run(self.seams, F.pixel_unshuffle(torch.cat([h, x], dim=1), self.seam_unshuffle).contiguous(memory_format=torch.channels_last), emb)
+        return h + F.pixel_shuffle(mended, self.seam_unshuffle)  # a small correction, and its rounding smaller still
 
     def _run(self, stage, h, emb):
         if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(stage, h, emb, use_reentrant=False)
         return stage(h, emb)
 
 # %% ../nbs/lib/unet.ipynb #9aa97668
-def _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads):
+def _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads, seam_unshuffle):
     factor = pixel_unshuffle * 2 ** (len(channel_mult) - 1)
     if image_size % factor:
         raise ValueError(f"image_size={image_size} must be a multiple of {factor}: {len(channel_mult)} resolutions halve it "
                          f"{len(channel_mult) - 1} times after pixel_unshuffle={pixel_unshuffle}.")
+    if image_size % seam_unshuffle: raise ValueError(f"image_size={image_size} must be a multiple of seam_unshuffle={seam_unshuffle}.")
     if (num_head_channels is None) == (num_heads is None):
         raise ValueError("Give either num_head_channels or num_heads, not both and not none.")
     for m in channel_mult:
