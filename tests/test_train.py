@@ -139,6 +139,18 @@ def test_pieces_of_a_batch_add_up(tmp_path):
     torch.testing.assert_close(losses(tmp_path/'pieces'), losses(tmp_path/'whole'), atol=1e-5, rtol=0)
 
 
+def test_muon_goes_on_exactly(tmp_path):
+    class Wide(Line):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    config = LINE | {'optimizer': 'muon', 'decay': 'constant', 'log_every': 1, 'ema': 0.9}
+    for name, stops in (('whole', [40]), ('stopped', [17, 40])):
+        for steps in stops: train(Wide(), config | {'steps': steps}, tmp_path/name, device='cpu', progress=False)
+    assert (tmp_path/'stopped/weights.safetensors').read_bytes() == (tmp_path/'whole/weights.safetensors').read_bytes()
+    assert losses(tmp_path/'whole')[-5:].mean() < 0.2*losses(tmp_path/'whole')[:5].mean()
+
+
 def test_compiled_run_has_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', lambda self: setattr(self, '_compiled_call_impl', torch.compile(self._call_impl, backend='eager')))
     task = Line()
@@ -148,7 +160,7 @@ def test_compiled_run_has_the_same_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('config, words', [
-    (dict(micro_batch=5), 'set micro_batch to a divisor of 16'), (dict(learning_rat=1.), "a training has no setting 'learning_rat': use .*learning_rate"), (dict(cpu=dict(steps_=1)), "no setting 'steps_'"), (dict(optimizer='sgd'), "unknown optimizer 'sgd': use 'adam' or 'adamw'"), (dict(decay='step'), "use 'linear', 'cosine' or 'constant'")])
+    (dict(micro_batch=5), 'set micro_batch to a divisor of 16'), (dict(learning_rat=1.), "a training has no setting 'learning_rat': use .*learning_rate"), (dict(cpu=dict(steps_=1)), "no setting 'steps_'"), (dict(optimizer='sgd'), "unknown optimizer 'sgd': use 'adam', 'adamw' or 'muon'"), (dict(optimizer='muon', fsdp=True), 'muon needs whole matrices'), (dict(optimizer='muon', weight_decay=0.1), 'muon knows no weight decay'), (dict(decay='step'), "use 'linear', 'cosine' or 'constant'")])
 def test_bad_settings(tmp_path, config, words):
     with pytest.raises(ValueError, match=words): train(Line(), LINE | config, tmp_path, device='cpu', progress=False)
 
