@@ -45,9 +45,13 @@ class GroupNorm32(nn.GroupNorm):
     def _in_one_walk(self, x, scale, shift):
         "All of it as one factor a and one summand b for each channel. PyTorch's kernel for a CPU, and each operation after it, walks over all features again."
         h = x.flatten(2)  # [N, C, positions]
-        mean, square = (self._of_groups(v) for v in (h, h * h))
-        a = self.weight.view(self.num_groups, -1) * (torch.addcmul(square, mean, mean, value=-1) + self.eps).rsqrt()  # [N, groups, channels of a group]
-        b = torch.addcmul(self.bias.view(self.num_groups, -1), mean, a, value=-1)
+        mean = self._of_groups(h)
+        near = mean.to(x.dtype)  # subtracted first, so that squares keep their digits; what it lacks of the mean is made up for in the variance and in b
+        h = h - near.expand(-1, -1, x.shape[1] // self.num_groups).reshape(len(x), -1, 1)
+        rest = mean - near
+        variance = torch.addcmul(self._of_groups(h * h), rest, rest, value=-1).clamp(min=0)
+        a = self.weight.view(self.num_groups, -1) * (variance + self.eps).rsqrt()  # [N, groups, channels of a group]
+        b = torch.addcmul(self.bias.view(self.num_groups, -1), rest, a, value=-1)
         a, b = a.flatten(1), b.flatten(1)
         if scale is not None:
             factor = 1 + scale
