@@ -65,7 +65,7 @@ class Bench:
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
-        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, 12, 4)
+        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, self.preset.train.decoder.cpu.batch_size, 4)
         self.model, self.diffusion = network(self.preset, self.device), make_diffusion(self.preset)
         self.gflop = stage_table(self.model).GFLOP.sum()
 

@@ -15,7 +15,7 @@ from t2i.judge import caption_ranks
 from t2i.metrics import evaluate, extract_features
 from t2i.pipeline import TextToImage
 
-CHANGES = [{}, *({'guidance_scale': s} for s in (1., 2., 3., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')),
+CHANGES = [{}, *({'guidance_scale': s} for s in (1., 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')),
            *({'num_inference_steps': n} for n in (10, 50)), {'sampler': 'ddim'}, {'sampler': 'ddpm', 'num_inference_steps': 50},
            {'best_of': 4}]
 
