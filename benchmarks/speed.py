@@ -23,7 +23,7 @@ from t2i.experiments import draw_pairs
 from t2i.metrics import evaluate
 from t2i.pipeline import TextToImage
 from t2i.sampling import SAMPLERS
-from t2i.train import TrainConfig, _Run
+from t2i.train import TrainConfig, _Run, make_config
 from t2i.unet import UNet, stage_table
 
 try: import diffusers
@@ -65,7 +65,7 @@ class Bench:
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
-        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, self.preset.train.decoder.cpu.batch_size, 4)
+        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, 4)
         self.model, self.diffusion = network(self.preset, self.device), make_diffusion(self.preset)
         self.gflop = stage_table(self.model).GFLOP.sum()
 

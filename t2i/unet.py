@@ -31,19 +31,19 @@ def timestep_embedding(t, # timesteps, LongTensor [N]
 
 # %% ../nbs/lib/unet.ipynb #6a8af632
 class GroupNorm32(nn.GroupNorm):
-    "Group normalisation over 32 groups, computed in float32 whatever the precision of the activations."
+    "Group normalisation over 32 groups; means and variances are added up in float32 whatever the precision of the activations."
     def __init__(self, channels): super().__init__(32, channels)
 
     def forward(self, x, scale=None, shift=None):
         "[N, C, …] → the same shape; with `scale` and `shift` [N, C] then times 1 + scale, plus shift."
-        if x.device.type == "cpu" and not torch.is_grad_enabled(): return self._in_one_walk(x, scale, shift)
+        if x.device.type == "cpu" and not torch.is_grad_enabled(): return self._by_channel(x, scale, shift)
         h = super().forward(x.float()).to(x.dtype)
         if scale is None: return h
         scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
         return h * (1 + scale) + shift
 
-    def _in_one_walk(self, x, scale, shift):
-        "All of it as one factor a and one summand b for each channel. PyTorch's kernel for a CPU, and each operation after it, walks over all features again."
+    def _by_channel(self, x, scale, shift):
+        "Normalisation, scale and shift as one factor a and one summand b for each channel, on the features minus their mean. PyTorch's kernel for a CPU is slow on channels in last place."
         h = x.flatten(2)  # [N, C, positions]
         mean = self._of_groups(h)
         near = mean.to(x.dtype)  # subtracted first, so that squares keep their digits; what it lacks of the mean is made up for in the variance and in b
@@ -127,8 +127,8 @@ class Attention(nn.Module):
 
     @staticmethod
     def _attend(q, k, v):
-        if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()): return F.scaled_dot_product_attention(q, k, v)
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # the fused kernel's way back takes seven times as long in bfloat16 on a CPU
+        if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.shape[2] <= 64): return F.scaled_dot_product_attention(q, k, v)
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU in bfloat16 the fused kernel, forth and back, takes seven times as long on 8×8 positions and ten times on 4×4; from 16×16 on it pays
         return weights.float().softmax(-1).to(v.dtype) @ v
 
     @staticmethod
@@ -238,7 +238,7 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        with contextlib.nullcontext() if x.is_meta or torch.is_grad_enabled() else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layer by 2s - 1
+        with contextlib.nullcontext() if x.is_meta or self.training else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layer by 2s - 1
             h = F.pixel_shuffle(self.out(h.float()), self.pixel_unshuffle).float()
         if not self.seams: return h
         mended = self._run(self.seams, F.pixel_unshuffle(torch.cat([h, x], dim=1), self.seam_unshuffle).contiguous(memory_format=torch.channels_last), emb)

@@ -151,6 +151,12 @@ def test_muon_goes_on_exactly(tmp_path):
     assert losses(tmp_path/'whole')[-5:].mean() < 0.2*losses(tmp_path/'whole')[:5].mean()
 
 
+def test_muon_trains_in_two_processes_as_in_one(folder):
+    for world in (1, 2): assert finish(start(folder/f'muon{world}', world, optimizer='muon')) == [0]*world
+    torch.testing.assert_close(losses(folder/'muon2'), losses(folder/'muon1'), atol=1e-4, rtol=0)
+    check_weights(folder/'muon2', CONFIG['steps'])
+
+
 def test_compiled_run_has_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', lambda self: setattr(self, '_compiled_call_impl', torch.compile(self._call_impl, backend='eager')))
     task = Line()
