@@ -52,7 +52,7 @@ class Baseline(nn.Module):
     "A network (x [N, 3, H, W], t [N], y [N, E]) → [N, 6, H, W] of the weights of a `t2i.unet.UNet`, a copy."
     def __init__(self, model):
         super().__init__()
-        self.unet = copy.deepcopy(model)
+        self.unet = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
     def forward(self, x, t, y):
         model = self.unet

@@ -66,7 +66,7 @@ class Bench:
         self.gpu = self.device.type == 'cuda'
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
         self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, 4)
-        self.model, self.diffusion = network(self.preset, self.device), make_diffusion(self.preset)
+        self.model, self.diffusion = network(self.preset, self.device).to(memory_format=torch.channels_last), make_diffusion(self.preset)  # the weights as `TextToImage` holds them
         self.gflop = stage_table(self.model).GFLOP.sum()
 
     # -- sampling -----------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Bench:
         def theirs(): return baseline.sample(self.diffusion, plain, y, 0, self.steps, s.guidance_scale, s.thresholding, s.percentile)
         found = {'ours': ours, 'baseline': with_tf32(False, theirs)}
         if self.gpu:
-            compiled = network(self.preset, self.device)
+            compiled = network(self.preset, self.device).to(memory_format=torch.channels_last)
             compiled.compile(mode='reduce-overhead')  # CUDA graphs
             found['ours, compiled'] = lambda: ours(compiled)
             found['baseline, TF32'] = with_tf32(True, theirs)

@@ -133,15 +133,17 @@ def prepare_command(
 # %% ../nbs/lib/cli.ipynb #df28ba45
 def _prepare(preset, runs: Path, device=None):
     "The prepared shards of a run, made with its CLIP if they are missing."
-    from t2i.clip import CLIP
     from t2i.data import SHARDS, prepare
     folder = runs/'prepared'
-    if not (folder/'statistics.safetensors').exists():
-        weights = runs/'clip/weights.safetensors'
-        if weights.exists(): clip = CLIP.load(preset.clip, weights, device)
-        else: clip = CLIP.from_preset(preset, device)  # the shipped one
-        _tell(prepare(clip, SHARDS, folder, preset.data.image_size), folder)
+    if not (folder/'statistics.safetensors').exists(): _tell(prepare(_clip(preset, runs, device), SHARDS, folder, preset.data.image_size), folder)
     return folder
+
+
+def _clip(preset, runs: Path, device=None):
+    "The CLIP of a run, or else the one that ships."
+    from t2i.clip import CLIP
+    weights = runs/'clip/weights.safetensors'
+    return CLIP.load(preset.clip, weights, device) if weights.exists() else CLIP.from_preset(preset, device)
 
 
 def _trained(name, make, preset, runs: Path, device='cpu'):
@@ -182,7 +184,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     else:
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
-        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs))
+        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=weights)
 
 

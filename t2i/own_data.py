@@ -45,7 +45,7 @@ def train_on(
     models = {}
     for stage, Stage in (('translator', TranslatorTask), ('decoder', DecoderTask)):
         torch.manual_seed(seed)
-        task, config, initial = Stage(preset, out/'prepared'), dict(preset.train[stage]), None
+        task, config, initial = Stage(preset, out/'prepared', **({'clip': clip} if stage == 'decoder' else {})), dict(preset.train[stage]), None
         if shipped:
             config['learning_rate'] *= GENTLE
             initial, _ = load_weights(find_checkpoint(shipped, stage))

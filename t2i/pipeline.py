@@ -50,6 +50,8 @@ class TextToImage:
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator.eval(), decoder.eval(), upsampler and upsampler.eval()
+        for network in (self.decoder, self.upsampler):
+            if network: network.to(memory_format=torch.channels_last)  # convolutions on a CPU reorder weights in every pass, and this order is near the one they want
         self.diffusion = make_diffusion(self.preset)
 
     @classmethod

@@ -7,7 +7,7 @@ __all__ = ['timestep_embedding', 'GroupNorm32', 'zero', 'ResBlock', 'Attention',
            'activation_memory']
 
 # %% ../nbs/lib/unet.ipynb #58b359d9
-import contextlib, copy, math
+import copy, math
 from functools import partial
 
 import torch
@@ -45,10 +45,9 @@ class GroupNorm32(nn.GroupNorm):
     def _by_channel(self, x, scale, shift):
         "Normalisation, scale and shift as one factor a and one summand b for each channel, on the features minus their mean. PyTorch's kernel for a CPU is slow on channels in last place."
         h = x.flatten(2)  # [N, C, positions]
-        mean = self._of_groups(h)
-        near = mean.to(x.dtype)  # subtracted first, so that squares keep their digits; what it lacks of the mean is made up for in the variance and in b
+        near = self._of_groups(h).to(x.dtype)  # the mean with rounding, subtracted first so that sums and squares keep their digits …
         h = h - near.expand(-1, -1, x.shape[1] // self.num_groups).reshape(len(x), -1, 1)
-        rest = mean - near
+        rest = self._of_groups(h)  # … and what it lacks
         variance = torch.addcmul(self._of_groups(h * h), rest, rest, value=-1).clamp(min=0)
         a = self.weight.view(self.num_groups, -1) * (variance + self.eps).rsqrt()  # [N, groups, channels of a group]
         b = torch.addcmul(self.bias.view(self.num_groups, -1), rest, a, value=-1)
@@ -59,8 +58,8 @@ class GroupNorm32(nn.GroupNorm):
         return torch.addcmul(b[..., None].to(x.dtype), h, a[..., None].to(x.dtype)).view_as(x)
 
     def _of_groups(self, h):
-        "The mean of every group, [N, C, positions] → float32 [N, groups, 1]."
-        return h.sum(2, dtype=torch.float32).view(len(h), self.num_groups, -1).sum(2, keepdim=True) / (h[0].numel() // self.num_groups)
+        "The mean of every group, [N, C, positions] → float32 [N, groups, 1]. The kernel adds the positions up in float32, and rounds once."
+        return h.sum(2).view(len(h), self.num_groups, -1).sum(2, keepdim=True, dtype=torch.float32) / (h[0].numel() // self.num_groups)
 
 # %% ../nbs/lib/unet.ipynb #a59ed9ab
 def zero(module):
@@ -159,6 +158,7 @@ class UNet(nn.Module):
                  num_heads=None, # … or number of heads: give one of the two
                  embedding_size=None, # y is a CLIP embedding of this size
                  num_classes=None, # y is a class label below this
+                 augmentation_size=0, # numbers that say what was done to a training picture (Karras et al., 2022); 0: none
                  pixel_unshuffle=1, # work on f×f pixel blocks as channels, at 1/f of the resolution
                  seam_channels=0, # width of the layers at the end that mend the seams between blocks; 0: none
                  seam_unshuffle=1, # they work on f×f pixel blocks as channels, smaller ones than the network
@@ -172,7 +172,7 @@ class UNet(nn.Module):
         _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads, seam_unshuffle)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.embedding_size, self.num_classes = model_channels, embedding_size, num_classes
-        self.pixel_unshuffle, self.gradient_checkpointing = pixel_unshuffle, gradient_checkpointing
+        self.augmentation_size, self.pixel_unshuffle, self.gradient_checkpointing = augmentation_size, pixel_unshuffle, gradient_checkpointing
         self._build_embeddings(model_channels, 4 * model_channels, linear_projection)
         resblock = partial(ResBlock, emb_channels=4 * model_channels, dropout=dropout, scale_shift=scale_shift)
         attention = lambda width: Attention(width, num_heads or width // num_head_channels, rescale_attention)
@@ -187,6 +187,7 @@ class UNet(nn.Module):
         if self.embedding_size:
             self.img_emb_proj = nn.Linear(self.embedding_size, emb_channels) if linear_projection else mlp(self.embedding_size)
         if self.num_classes: self.label_emb = nn.Embedding(self.num_classes, emb_channels)
+        if self.augmentation_size: self.augment_proj = zero(nn.Linear(self.augmentation_size, emb_channels, bias=False))
 
     def _build_stages(self, resblock, attention, channel_mult, num_res_blocks, attention_resolutions):
         attend = lambda width, size: [attention(width)] if size in attention_resolutions else []
@@ -213,22 +214,24 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), zero(Conv3x3(ch, self.out_channels * block)))
 
-    def embed(self, t, y=None):
-        "The conditioning vector of every ResBlock [N, 4·model_channels]: the timestep's embedding plus that of y."
+    def embed(self, t, y=None, augmentation=None):
+        "The conditioning vector of every ResBlock [N, 4·model_channels]: the embeddings of timestep, y and augmentation, added."
         if y is None and (self.embedding_size or self.num_classes):
             raise ValueError("this U-Net is conditional: give y, an embedding per image (zeros for none) or a label per image.")
         emb = self.time_embed(timestep_embedding(t, self.model_channels))
         if self.embedding_size: emb = emb + self.img_emb_proj(y)
         if self.num_classes: emb = emb + self.label_emb(y)
+        if augmentation is not None: emb = emb + self.augment_proj(augmentation)
         return emb
 
     def forward(self,
                 x, # noisy image, float [N, in_channels, H, W]
                 t, # original timestep of each image, LongTensor [N], 0-based
-                y=None # standardised embedding [N, embedding_size] (zeros: unconditional) or labels [N]
+                y=None, # standardised embedding [N, embedding_size] (zeros: unconditional) or labels [N]
+                augmentation=None # what was done to the pictures, float [N, augmentation_size]; None: nothing
                 ): # float32 [N, out_channels, H, W]
         "One pass: what the network is trained to predict and, with learned variance, the variance channels behind it."
-        emb = self.embed(t, y)
+        emb = self.embed(t, y, augmentation)
         x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
         h = F.pixel_unshuffle(x, self.pixel_unshuffle).contiguous(memory_format=torch.channels_last)
         skips = []
@@ -238,11 +241,10 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        with contextlib.nullcontext() if x.is_meta or self.training else torch.autocast(x.device.type, enabled=False):  # guidance would multiply the rounding of the last layer by 2s - 1
-            h = F.pixel_shuffle(self.out(h.float()), self.pixel_unshuffle).float()
+        h = F.pixel_shuffle(self.out(h).float(), self.pixel_unshuffle)
         if not self.seams: return h
         mended = self._run(self.seams, F.pixel_unshuffle(torch.cat([h, x], dim=1), self.seam_unshuffle).contiguous(memory_format=torch.channels_last), emb)
-        return h + F.pixel_shuffle(mended, self.seam_unshuffle)  # a small correction, and its rounding smaller still
+        return h + F.pixel_shuffle(mended.float(), self.seam_unshuffle)
 
     def _run(self, stage, h, emb):
         if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(stage, h, emb, use_reentrant=False)
@@ -275,7 +277,7 @@ def stage_table(model # a UNet, on any device
     import pandas as pd
     from torch.utils.flop_counter import FlopCounterMode  # both take half a second to import
     model = copy.deepcopy(model).to("meta")
-    embedding = [m for name, m in model.named_children() if name in ("time_embed", "img_emb_proj", "label_emb")]
+    embedding = [m for name, m in model.named_children() if name in ("time_embed", "img_emb_proj", "label_emb", "augment_proj")]
     names = [f"{part}.{i}" for part in ("input_blocks", "output_blocks") for i in range(len(getattr(model, part)))]
     names = [n for n in names if n[0] == "i"] + ["middle_block"] + [n for n in names if n[0] == "o"] + ["out"] + ["seams"] * bool(model.seams)
     shapes = {}
