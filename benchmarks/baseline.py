@@ -54,9 +54,10 @@ class Baseline(nn.Module):
         super().__init__()
         self.unet = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, augmentation=None):
         model = self.unet
         emb = model.time_embed(timestep_embedding(t, model.model_channels)) + model.img_emb_proj(y)
+        if augmentation is not None: emb = emb + model.augment_proj(augmentation)
         h, skips = F.pixel_unshuffle(x, model.pixel_unshuffle), []
         for layers in model.input_blocks:
             h = stage(layers, h, emb)
