@@ -65,7 +65,7 @@ class Bench:
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
-        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, 4)
+        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, min(20, self.preset.sampling.steps))
         self.model, self.diffusion = network(self.preset, self.device).to(memory_format=torch.channels_last), make_diffusion(self.preset)  # the weights as `TextToImage` holds them
         self.gflop = stage_table(self.model).GFLOP.sum()
 
