@@ -128,10 +128,10 @@ def augmented(
     changes: Tensor,  # of `draw_augmentation`
 ) -> Tensor:  # like x
     "The pictures, changed."
-    mirrored, right, down, size, squeeze, angle, hue = changes.unbind(1)
+    mirrored, left, up, size, squeeze, angle, hue = changes.unbind(1)
     cos, sin, width, height = angle.cos(), angle.sin(), (size + squeeze).exp(), (size - squeeze).exp()
     side = 1 - 2*mirrored
-    rows = [torch.stack([side*cos*width, -sin*width, 2*right], 1), torch.stack([side*sin*height, cos*height, 2*down], 1)]
+    rows = [torch.stack([side*cos*width, -sin*width, 2*left], 1), torch.stack([side*sin*height, cos*height, 2*up], 1)]
     moved = 1 - F.grid_sample(1 - x, F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False), mode='bicubic', padding_mode='zeros', align_corners=False)
     grey, around = torch.full((3, 3), 1/3, device=x.device), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)/3**0.5
     turn = grey + hue.cos()[:, None, None]*(torch.eye(3, device=x.device) - grey) + hue.sin()[:, None, None]*around  # of colours around the axis of greys
