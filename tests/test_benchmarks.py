@@ -88,10 +88,11 @@ def random_network(**settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('settings', [dict(), dict(pixel_unshuffle=2, seam_channels=8), dict(pixel_unshuffle=4, seam_channels=32, seam_unshuffle=2, seam_blocks=1), dict(dropout=0.3)])
+@pytest.mark.parametrize('settings', [dict(), dict(pixel_unshuffle=2, seam_channels=8), dict(pixel_unshuffle=4, seam_channels=32, seam_unshuffle=2, seam_blocks=1), dict(dropout=0.3), dict(augmentation_size=3)])
 def test_baseline_is_the_same_network(settings):
     model, x, t, y = random_network(**settings), torch.randn(2, 3, 32, 32), torch.tensor([3, 800]), torch.randn(2, 8)
-    torch.testing.assert_close(baseline.Baseline(model).eval()(x, t, y), model(x, t, y), atol=1e-4, rtol=1e-4)
+    told = {'augmentation': torch.randn(2, model.augmentation_size)} if model.augmentation_size else {}
+    torch.testing.assert_close(baseline.Baseline(model).eval()(x, t, y, **told), model(x, t, y, **told), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
