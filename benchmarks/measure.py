@@ -96,7 +96,8 @@ def _version(package):
 
 
 def _git(*arguments):
-    done = subprocess.run(['git', *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    try: done = subprocess.run(['git', *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    except FileNotFoundError: return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

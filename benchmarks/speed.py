@@ -5,7 +5,7 @@
     python benchmarks/speed.py --tiny             every path in seconds, with numbers that mean nothing
 
 Results go to benchmarks/results/<machine>.json; nbs/lib/benchmarks draws them."""
-import argparse, contextlib, itertools, json, os, subprocess, sys, tempfile, time, unittest.mock
+import argparse, contextlib, copy, itertools, json, os, subprocess, sys, tempfile, time, unittest.mock
 from pathlib import Path
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # the profiler's own messages
@@ -65,7 +65,7 @@ class Bench:
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
-        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 64, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, min(20, self.preset.sampling.steps))
+        self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 32, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, min(20, self.preset.sampling.steps))
         self.model, self.diffusion = network(self.preset, self.device).to(memory_format=torch.channels_last), make_diffusion(self.preset)  # the weights as `TextToImage` holds them
         self.gflop = stage_table(self.model).GFLOP.sum()
 
@@ -147,9 +147,10 @@ class Bench:
             folder = Path(folder)
             for split in ('train', 'validation'): save_prepared(folder/split, 2, 4*self.train_batch, self.preset.clip.embedding_size, self.preset.data.image_size)
             Statistics.unit(self.preset.clip.embedding_size).save(folder/'statistics.safetensors')
+            first = DecoderTask(self.preset, folder)
             def task():
-                task = DecoderTask(self.preset, folder)
-                task.model = network(self.preset, 'cpu').train()
+                task = copy.copy(first)
+                task.model = network(self.preset, self.device).train()
                 return task
             config = dict(batch_size=self.train_batch, learning_rate=1e-4, clip_norm=1., ema=0.999, steps=10**6)
             def loop(name, **changes): return _Run(task(), TrainConfig(**(config | changes)), folder/name, 0, self.device, None, None, False)
@@ -178,7 +179,7 @@ class Bench:
             return {'batch': self.train_batch, 'precision': str(self.dtype).removeprefix('torch.'), 'candidates': table, 'images_per_second': self.train_batch/fastest,
                     'data_share': sorted(loading)[len(loading)//2]/fastest, 'memory': {'batch': few, 'bytes_of_a_step': memory.bytes, 'bytes_kept': kept},
                     'matmul_rate': rate,
-                    'share_of_matmul_rate': work*self.train_batch/fastest/rate, 'losses': self.losses(task, lambda i: batch(i, few))}
+                    'share_of_matmul_rate': work*self.train_batch/fastest/rate, 'losses': self.losses(task, lambda i: batch(i, min(4, few)) if self.gpu else batch(i, few))}
 
     def losses(self, task, batch) -> dict:
         "The loss of both over the same steps from the same weights, data and noise, without dropout; the means of the last quarter."

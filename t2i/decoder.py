@@ -132,17 +132,20 @@ def augmented(
     cos, sin, width, height = angle.cos(), angle.sin(), (size + squeeze).exp(), (size - squeeze).exp()
     side = 1 - 2*mirrored
     rows = [torch.stack([side*cos*width, -sin*width, 2*left], 1), torch.stack([side*sin*height, cos*height, 2*up], 1)]
-    moved = 1 - F.grid_sample(1 - x, F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False), mode='bicubic', padding_mode='zeros', align_corners=False)
-    grey, around = torch.full((3, 3), 1/3, device=x.device), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)/3**0.5
-    turn = grey + hue.cos()[:, None, None]*(torch.eye(3, device=x.device) - grey) + hue.sin()[:, None, None]*around  # of colours around the axis of greys
-    return torch.einsum('nij,njhw->nihw', turn, moved).clamp(-1, 1)
+    eye = torch.eye(3, device=x.device)
+    grey, around = torch.full_like(eye, 1/3), (eye.roll(1, 0) - eye.roll(-1, 0))/3**0.5
+    turn = grey + hue.cos()[:, None, None]*(eye - grey) + hue.sin()[:, None, None]*around  # of colours around the axis of greys
+    with torch.autocast(x.device.type, enabled=False):  # rounded places would be others
+        moved = 1 - F.grid_sample(1 - x, F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False), mode='bicubic', padding_mode='zeros', align_corners=False)
+        return torch.einsum('nij,njhw->nihw', turn, moved).clamp(-1, 1)
 
 
 def augmentation_numbers(
     changes: Tensor,  # of `draw_augmentation`
 ) -> Tensor:  # [N, 8], zeros for a picture as it was drawn
     "What the network is told of the changes, in numbers of similar size."
-    return torch.cat([changes[:, :6]*torch.tensor([1., 5, 5, 3, 6, 3], device=changes.device), 1 - changes[:, 6:].cos(), changes[:, 6:].sin()], 1)
+    mirrored, shifts, size, squeeze, angle, hue = changes.split([1, 2, 1, 1, 1, 1], 1)
+    return torch.cat([mirrored, 5*shifts, 3*size, 6*squeeze, 3*angle, 1 - hue.cos(), hue.sin()], 1)
 
 # %% ../nbs/03_decoder.ipynb #8a5e8343
 class DecoderTask(Task):
