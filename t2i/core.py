@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'EXHIBITS', 'in_test', 'Preset', 'preset_names', 'load_preset', 'get_device',
-           'uses_bfloat16', 'autocast', 'keep_freed_memory', 'image_seeds', 'make_generators', 'randn', 'on_white',
-           'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights',
-           'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
+           'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'image_seeds', 'make_generators', 'randn',
+           'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json',
+           'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure',
+           'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
-import contextlib, ctypes, io, json, os, pickle, re, sys, tempfile, warnings, zipfile
+import atexit, contextlib, ctypes, io, json, os, pickle, re, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def uses_bfloat16(device) -> bool:
     if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     probe = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     return bool(probe())
+
+
+def process_state(device):
+    "accelerate's account of this process and of those launched with it, on the kind of `device`. They leave each other before Python ends: what still listens then may abort it."
+    from accelerate import PartialState
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    return PartialState(cpu=torch.device(device).type == 'cpu')
+
+
+def _leave():
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 
 def autocast(device):

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
-from .core import ASSETS, atomic_path, get_device, load_weights, on_white, save_json, save_weights, square
+from .core import ASSETS, atomic_path, get_device, load_weights, on_white, process_state, save_json, save_weights, square
 from .readers import MAX_BYTES, VALIDATION, Sample, Shard, Skipped, find_shards, hash_fraction
 
 # %% ../nbs/01_data.ipynb #f36e6995
@@ -539,10 +539,9 @@ def prepare(
     """Raw shards → prepared shards and the statistics of the training split; what is done already is kept → the report, which is also in report.json.
 
     Under `accelerate launch` or `torchrun` each process takes its share of the shards, and all return when all are done."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from tqdm.auto import tqdm
-    state, out = PartialState(cpu=get_device(getattr(clip, 'device', None)).type == 'cpu'), Path(out)
+    state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
     settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip.encode_captions(['a picture'])[0].tolist()}
     _check_out(out, shards, settings)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .core import atomic_path, get_device, uses_bfloat16, load_into, load_weights, make_generators, save_json, save_weights
+from .core import atomic_path, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
@@ -215,7 +215,7 @@ def train(
     return _Run(task, config, out, seed, device, hours, initial, progress).run()
 
 # %% ../nbs/lib/train.ipynb #ec9fb9c2
-AHEAD = 8  # steps whose batches wait for a GPU
+AHEAD = 2  # steps whose batches wait for a GPU, and threads that draw them; more of them would get in the way of the one that launches its kernels
 
 
 class _Run:
@@ -226,6 +226,7 @@ class _Run:
         self.task, self.out, self.seed, self.hours = task, Path(out), seed, hours
         device = get_device(device)
         self.c, self.gpu = make_config(config, device), device.type == 'cuda'
+        process_state(device)
         self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if uses_bfloat16(device) else 'no')
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None

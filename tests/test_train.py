@@ -8,7 +8,7 @@ from torch import nn
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
 from t2i.core import load_into, load_weights, randn
 from t2i.decoder import decode, make_decoder, make_diffusion
-from t2i.train import Log, Task, train
+from t2i.train import Log, Task, TrainConfig, _Run, train
 
 
 @pytest.fixture(scope='module')
@@ -174,3 +174,24 @@ def test_bad_settings(tmp_path, config, words):
 def test_contrastive_loss_is_not_cut(tmp_path):
     class Contrast(Line): contrastive = True
     with pytest.raises(ValueError, match='the loss of Contrast compares all examples of a batch'): train(Contrast(), LINE | {'micro_batch': 8}, tmp_path, device='cpu', progress=False)
+
+
+def test_batches_ahead_are_those_that_are_asked_for(tmp_path):
+    "Threads that work ahead for a GPU draw what the loop would draw itself, from any step on."
+    def taken(ahead, first, n=7):
+        run = _Run(Line(), TrainConfig(**LINE | {'micro_batch': 4}), tmp_path, 0, 'cpu', None, None, False)
+        run.step = first
+        batches = run.batches(ahead)
+        found = [next(batches) for _ in range(n)]
+        batches.close()
+        return found
+    for first in (0, 5):
+        for (pieces, seed), (others, other_seed) in zip(taken(0, first), taken(3, first)):
+            assert seed == other_seed and len(pieces) == len(others) == 4
+            for a, b in zip(pieces, others): torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_what_a_batch_ahead_raises_is_raised(tmp_path):
+    class Broken(Line):
+        def batch(self, indices, generators): raise ValueError('the third shard is broken')
+    with pytest.raises(ValueError, match='the third shard is broken'): next(_Run(Broken(), LINE, tmp_path, 0, 'cpu', None, None, False).batches(2))
