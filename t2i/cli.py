@@ -12,7 +12,7 @@ from typing import List, Optional
 
 import typer
 
-from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, save_weights
+from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, process_state, save_weights
 
 # %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
@@ -84,9 +84,10 @@ def sample(
     seed: int = typer.Option(42, help='Draws the captions and the noise.'),
     data: Optional[Path] = typer.Option(None, help='Folder of MS-COCO; default: the held-out emoji.'),
     steps: Optional[int] = typer.Option(None, help="Sampling steps; default: the preset's."),
-    sampler: Optional[str] = typer.Option(None, help="ddpm, ddim or dpm_solver_pp; default: the preset's."),
+    sampler: Optional[str] = typer.Option(None, help="ddpm, ddim, dpm_solver_pp or sde_dpm_solver_pp; default: the preset's."),
     guidance_scale: Optional[float] = typer.Option(None, help="Classifier-free guidance; default: the preset's."),
     upsample: bool = typer.Option(False, '--upsample', help='Enlarge the pictures.'),
+    compiled: bool = typer.Option(False, '--compile', help='Compile the networks first, a minute or two: for many pictures on a GPU.'),
     batch_size: Optional[int] = typer.Option(None, help='Pictures drawn at once: a matter of speed and memory.'),
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship.'),
@@ -98,6 +99,7 @@ def sample(
     try:
         pairs, share = draw_pairs(n, seed, data), process_share()
         pipe = TextToImage.from_preset(preset, device, folder)
+        if compiled: pipe.compile()
         for path in sample_variants(pipe, pairs, out, seed, share, num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale,
                                     upsample=upsample, batch_size=batch_size, progress=share[0] == 0):
             if share[0] == 0: typer.echo(path)
@@ -121,11 +123,10 @@ def prepare_command(
     device: Optional[str] = typer.Option(None, help='cpu, cuda, …; default: the GPU of the process if there is one.'),
 ):
     "Turn raw pictures and captions into what training reads, resumably."
-    from accelerate import PartialState
     try:
         from t2i.clip import CLIP
         from t2i.data import prepare
-        settings, state = load_preset(preset), PartialState(cpu=get_device(device).type == 'cpu')
+        settings, state = load_preset(preset), process_state(get_device(device))
         report = prepare(CLIP.from_preset(settings, device or state.device, folder), source, out, settings.data.image_size, class_captions, workers=workers)
         if state.is_main_process: _tell(report, out)
     except (ValueError, FileNotFoundError, RuntimeError) as e: _say(str(e))

@@ -57,7 +57,7 @@ def dynamic_threshold(
 
 # %% ../nbs/lib/guidance.ipynb #3cdd3aca
 def _check_shift(shift):
-    if shift not in ('mean', 'score'): raise ValueError(f"there is no shift {shift!r}: use 'mean' for ddpm, 'score' for ddim and dpm_solver_pp")
+    if shift not in ('mean', 'score'): raise ValueError(f"there is no shift {shift!r}: use 'mean' for ddpm, 'score' for the others")
 
 
 def _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift):
@@ -71,7 +71,7 @@ def classifier_guidance(
     diffusion: Diffusion,  # the (respaced) process that is sampled
     log_prob,  # function (x_t, t) → [N], log p(y | x_t, t); t is a timestep of the process that the classifier was trained with
     scale: float,  # w; 0 changes nothing
-    shift: str = 'mean',  # 'mean' for ddpm, 'score' for ddim and dpm_solver_pp
+    shift: str = 'mean',  # 'mean' for ddpm, 'score' for the others
 ):  # denoiser
     "Classifier guidance (Dhariwal & Nichol, 2021, Algorithm 1 with shift='mean', Algorithm 2 with shift='score')."
     _check_shift(shift)
@@ -91,7 +91,7 @@ def clip_guidance(
     encode_images,  # function: images [N, C, H, W] in [-1, 1] → embeddings [N, E]; gradients must pass
     embedding: Tensor,  # [N, E] or [E], of the caption (or picture) to approach
     scale: float,  # w; 0 changes nothing
-    shift: str = 'mean',  # 'mean' for ddpm, 'score' for ddim and dpm_solver_pp
+    shift: str = 'mean',  # 'mean' for ddpm, 'score' for the others
 ):  # denoiser
     "CLIP guidance (Nichol et al., 2021, section 2.4) with a CLIP that was trained on clean images: it looks at x̂_0."
     _check_shift(shift)

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'Step', 'ddpm', 'ddim', 'dpm_solver_pp', 'sample']
 
 # %% ../nbs/lib/sampling.ipynb #8dc771cd
-import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,29 +83,35 @@ def dpm_solver_pp(
     denoiser,  # function (x_t, t) → (x_0, log_variance); the variance is not used
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]
-    generators: 'list | None' = None,  # not used: nothing is random
+    generators: 'list | None' = None,  # one torch.Generator per image, needed when eta > 0
+    eta: float = 0.,  # 0 is deterministic, 1 as random as ancestral sampling
     hook=None,  # function (x, t) → x, called with the result and the timestep of every step
     progress: bool = False,
 ):  # yields a Step per timestep
-    "DPM-Solver++(2M) on the predicted image (Lu et al., 2022, Algorithm 2)."
+    "DPM-Solver++(2M) on the predicted image (Lu et al., 2022, Algorithm 2), with `eta` > 0 of the stochastic equation (SDE-DPM-Solver++)."
+    if not 0 <= eta <= 1: raise ValueError(f"eta is {eta}: use a number from 0 (deterministic) to 1")
     a, a_next = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     lambdas, lambdas_next = ((v/(1 - v)).log()/2 for v in (a, a_next))  # where step t starts, and where it ends
-    length, shrink, ends = (v.tolist() for v in (lambdas_next - lambdas, ((1 - a_next)/(1 - a)).sqrt(), a_next.sqrt()))  # numbers: nothing to fetch in the loop
+    narrower = ((1 - a_next)/(1 - a)).sqrt()
+    e_h = narrower*(a/a_next).sqrt()  # e^-h; 0 at the end, where h is infinite
+    numbers = lambdas_next - lambdas, narrower*e_h**eta, a_next.sqrt()*(1 - e_h**(1 + eta)), ((1 - a_next)*(1 - e_h**(2*eta))).sqrt()
+    numbers = torch.stack(numbers).T.tolist()  # nothing to fetch in the loop
     x, x_0_before, h_before = x_T, None, None
     for step, t in _timesteps(diffusion, x, progress):
-        (x_0, _), h = denoiser(x, t), length[step]
+        (x_0, _), (h, of_x, of_x_0, of_noise) = denoiser(x, t), numbers[step]
         middle = x_0 if x_0_before is None or step == 0 else x_0 + h/(2*h_before)*(x_0 - x_0_before)
-        x = shrink[step]*x - ends[step]*math.expm1(-h)*middle
+        x = of_x*x + of_x_0*middle
+        if eta > 0 and step > 0: x = x + of_noise*_noise_like(x, generators)
         x_0_before, h_before = x_0, h
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 
 # %% ../nbs/lib/sampling.ipynb #8d4ce6b1
-SAMPLERS = {'ddpm': ddpm, 'ddim': ddim, 'dpm_solver_pp': dpm_solver_pp}
+SAMPLERS = {'ddpm': ddpm, 'ddim': ddim, 'dpm_solver_pp': dpm_solver_pp, 'sde_dpm_solver_pp': partial(dpm_solver_pp, eta=1.)}
 
 
 def sample(
-    sampler: str,  # 'ddpm', 'ddim' or 'dpm_solver_pp'
+    sampler: str,  # a key of `SAMPLERS`
     denoiser,  # function (x_t, t) → (x_0, log_variance)
     diffusion: Diffusion,  # respaced to the timesteps to visit
     x_T: Tensor,  # ~ N(0, I), [N, C, H, W]

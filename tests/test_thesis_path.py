@@ -142,6 +142,15 @@ def undisturbed(tmp_path_factory):
     return contents(folder)
 
 
+def test_sample_compiles_if_it_is_told_to(undisturbed, tmp_path, monkeypatch):
+    done, compiled = TextToImage.compile, []
+    monkeypatch.setattr(TextToImage, 'compile', lambda self: compiled.append(self) or done(self, backend='eager'))
+    for flags, times in (([], 0), (['--compile'], 1)):
+        assert shell(*QUICK[:2], '1', *QUICK[3:], '--steps', 2, tmp_path/f'samples{times}', *flags).exit_code == 0
+        assert len(compiled) == times
+    assert contents(tmp_path/'samples1').keys() == contents(tmp_path/'samples0').keys()
+
+
 def test_two_processes_draw_what_one_draws(undisturbed, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 't2i.cli', *QUICK, str(tmp_path/'samples')]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
