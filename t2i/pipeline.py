@@ -175,10 +175,10 @@ class TextToImage:
         generator=None,  # a seed, a torch.Generator, or one of them for each picture; None draws a fresh seed
         translate: bool = True,  # False leaves the translator out
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
-        image_guidance_scale: float = 0.005,  # w
+        image_guidance_scale: 'float | None' = None,  # w; default: the preset's
         decay: str = 'linear',  # of image guidance: 'linear', 'constant' or 'cosine'
         mask=None,  # image guidance only where it is 1: a PIL picture in mode L, or a tensor [1, 1, H, W]
-        sampler: 'str | None' = None,  # 'ddpm', 'ddim' or 'dpm_solver_pp'; default: the preset's
+        sampler: 'str | None' = None,  # a key of `SAMPLERS`; default: the preset's
         upsample: bool = False,  # 64×64 → 256×256, where there is an upsampler
         upsampler_label=None,  # the class, if it has classes: 'zero-shot', a number for all or one for each picture; default: the preset's
         upsampler_noise: 'float | None' = None,  # how large it takes the errors of the 64×64 picture to be, as a standard deviation, if it has learned that; default: the preset's
@@ -194,13 +194,14 @@ class TextToImage:
         diffusion = self.diffusion.respace(steps)
         generators = make_generators(generator, len(y))
         base, mask = self._base(base_image, len(y)), self._mask(mask)
+        pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
         from tqdm.auto import tqdm
         with tqdm(total=len(y), desc='images', disable=not progress) as bar:
             for i in range(0, len(y), size):
                 part = slice(i, i + size)
-                hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], image_guidance_scale, decay, mask)
+                hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
                 with _memory_for(len(y[part]), self.preset.data.image_size):
                     x = decode(self.diffusion, self.decoder, y[part], generators[part], sampler or s.sampler, steps,
                                s.guidance_scale if guidance_scale is None else guidance_scale, s.thresholding, s.percentile, hook)

@@ -17,7 +17,7 @@ PRESET = Preset.nest(dict(
     name='toy', data=dict(image_size=16), clip=dict(embedding_size=8), diffusion=dict(target='v'),
     decoder=dict(pixel_unshuffle=4, model_channels=32, channel_mult=[1, 1], num_res_blocks=1, attention_resolutions=[2], num_head_channels=16, dropout=0., drop=0.2),
     translator=dict(width=16, layers=2, expansion=2, dropout=0.),
-    sampling=dict(sampler='ddim', steps=2, guidance_scale=3., thresholding='dynamic', percentile=99.5, batch_size=4)))
+    sampling=dict(sampler='ddim', steps=2, guidance_scale=3., image_guidance_scale=0.005, thresholding='dynamic', percentile=99.5, batch_size=4)))
 CONFIG = dict(batch_size=8, learning_rate=1e-3, steps=20, ema=0.9, log_every=1, validate_every=10, sample_every=15, save_minutes=0.01)
 
 

@@ -70,6 +70,7 @@ clip_norm = inf
 sampler = "ddpm"
 steps = 2
 guidance_scale = 6.0
+image_guidance_scale = 0.005
 thresholding = "dynamic"
 percentile = 99.5
 '''
