@@ -183,7 +183,7 @@ class Bench:
 
     def losses(self, task, batch) -> dict:
         "The loss of both over the same steps from the same weights, data and noise, without dropout; the means of the last quarter."
-        steps = 4 if self.tiny else 200 if self.gpu else 8
+        steps = 4 if self.tiny else 200
         ours, data = baseline.Training(self.still(task().model).to(self.device), task().loss), task()
         theirs = baseline.Training(self.still(baseline.Baseline(data.model)).to(self.device), data.loss)
         curves = {'ours': [], 'baseline': []}
