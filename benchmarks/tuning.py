@@ -1,6 +1,6 @@
 """Which sampling settings does the default preset's decoder like? Held-out pictures drawn from their embeddings, with one setting changed at a time.
 
-python benchmarks/tuning.py [pictures, 96] → benchmarks/results/tuning.json; a stopped run goes on"""
+python benchmarks/tuning.py [pictures, 192] → benchmarks/results/tuning.json; a stopped run goes on"""
 import sys, time
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from t2i.judge import caption_ranks
 from t2i.metrics import evaluate, extract_features
 from t2i.pipeline import TextToImage
 
-CHANGES = [{}, *({'guidance_scale': s} for s in (1., 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')),
-           *({'num_inference_steps': n} for n in (10, 50)), {'sampler': 'ddim'}, {'sampler': 'ddpm', 'num_inference_steps': 50},
-           {'best_of': 4}]
+CHANGES = [{}, *({'guidance_scale': s} for s in (1., 1.5, 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)),
+           *({'sampler': s, 'num_inference_steps': n} for s, n in (('dpm_solver_pp', 10), ('dpm_solver_pp', 20), ('ddim', 20), ('ddpm', 50))), {'best_of': 4}]
 
 
 def draw(pipe, pairs, folder, thresholding=None, best_of=1, **settings) -> list:
@@ -44,6 +43,6 @@ def tune(pipe, judge, pairs, folder) -> dict:
 
 
 if __name__ == '__main__':
-    n, pipe = int(sys.argv[1]) if len(sys.argv) > 1 else 96, TextToImage.from_preset('emoji')
+    n, pipe = int(sys.argv[1]) if len(sys.argv) > 1 else 192, TextToImage.from_preset('emoji')
     found = tune(pipe, load_judge(pipe.device), draw_pairs(n, SEED), RUN/f"tuning_{pipe.fingerprints()['decoder']}")
     save_json(Path(__file__).parent/'results/tuning.json', found)
