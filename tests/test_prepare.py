@@ -215,6 +215,22 @@ def test_two_processes_make_what_one_makes(raw, whole, tmp_path, repository):
     assert (tmp_path/'rank1').read_text() == 'cc-00001 cc-00003 cc-00005' and (tmp_path/'rank0').read_text() == 'cc-00000 cc-00002 cc-00004 statistics'
 
 
+def test_processes_leave_each_other_before_python_ends(tmp_path):
+    script = tmp_path/'script.py'
+    script.write_text(textwrap.dedent(f'''
+        import atexit, os
+        import torch.distributed as dist
+        from t2i.core import process_state
+        atexit.register(lambda: open({str(tmp_path)!r} + '/left' + os.environ['RANK'], 'w').write(str(dist.is_initialized())))  # runs after what is registered later
+        for _ in range(2): process_state('cpu')
+        assert dist.is_initialized()
+    '''))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path/f'left{rank}').read_text() for rank in range(2)] == ['False', 'False']
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path):
     "The peak of a process that prepares two shards, and of one that prepares twenty."
     def peak(shards):
