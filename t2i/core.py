@@ -222,13 +222,13 @@ def save_weights(
     dtype: 'torch.dtype | None' = None,  # floating-point tensors are stored as this
 ) -> Path:
     "Write tensors atomically, in the format that the ending of `path` names."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     kind = _file_type(path)
     stored = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in tensors.items()}
     if kind == '.npy' and len(stored) != 1: raise ValueError(f"{path} can hold one array and was given {len(stored)} tensors: use .safetensors or .pt")
     with atomic_path(path) as tmp:
-        if kind == '.safetensors': save_file(stored, tmp, metadata={'t2i': json.dumps(metadata or {})})
+        if kind == '.safetensors': tmp.write_bytes(save(stored, metadata={'t2i': json.dumps(metadata or {})}))  # its save_file has a temporary file of its own, which a killed process would leave behind
         elif kind == '.pt': torch.save(stored, tmp)
         else: np.save(tmp, *(v.numpy() for v in stored.values()), allow_pickle=False)
     return path
