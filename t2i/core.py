@@ -215,6 +215,14 @@ def _file_type(path: Path) -> str:
     return kind
 
 
+def _save_safetensors(path, tensors, metadata):
+    "`save_file` writes to a temporary file of its own beside its target. It gets a folder for that, so that what a killed process leaves can be told by its name."
+    from safetensors.torch import save_file
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{path.name}.') as folder:
+        save_file(tensors, f'{folder}/whole', metadata=metadata)
+        os.replace(f'{folder}/whole', path)
+
+
 def save_weights(
     path: 'str | Path',  # a .safetensors file; or, for other programs, a .pt state dict or the .npy of a single array
     tensors: dict,  # name → tensor
@@ -222,13 +230,12 @@ def save_weights(
     dtype: 'torch.dtype | None' = None,  # floating-point tensors are stored as this
 ) -> Path:
     "Write tensors atomically, in the format that the ending of `path` names."
-    from safetensors.torch import save
     path = Path(path)
     kind = _file_type(path)
     stored = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in tensors.items()}
     if kind == '.npy' and len(stored) != 1: raise ValueError(f"{path} can hold one array and was given {len(stored)} tensors: use .safetensors or .pt")
     with atomic_path(path) as tmp:
-        if kind == '.safetensors': tmp.write_bytes(save(stored, metadata={'t2i': json.dumps(metadata or {})}))  # its save_file has a temporary file of its own, which a killed process would leave behind
+        if kind == '.safetensors': _save_safetensors(tmp, stored, {'t2i': json.dumps(metadata or {})})
         elif kind == '.pt': torch.save(stored, tmp)
         else: np.save(tmp, *(v.numpy() for v in stored.values()), allow_pickle=False)
     return path

@@ -11,7 +11,7 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'merged_statistics', 'training_statistics', 'prepare', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
-import io, json, os, re, subprocess, tarfile, time, unicodedata, warnings
+import io, json, os, re, shutil, subprocess, tarfile, time, unicodedata, warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -547,7 +547,7 @@ def prepare(
     _check_out(out, shards, settings)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
     for path in out.glob('*/.*.safetensors.*'):  # what a kill left behind
-        if any(path.name.startswith(f'.{s.name}.safetensors.') for s in todo): path.unlink(missing_ok=True)
+        if any(path.name.startswith(f'.{s.name}.safetensors.') for s in todo): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     workers = workers or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
     work = partial(_picture, image_size=image_size, encoder_size=getattr(clip, 'image_size', None))
     pool, writer, writing = ThreadPoolExecutor(workers), ThreadPoolExecutor(1), None

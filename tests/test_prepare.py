@@ -171,6 +171,8 @@ def test_killed_at_the_worst_moments(raw, whole, tmp_path, point, monkeypatch):
         if path.parent.name == 'records' and path.stem == 'cc-00003' and point == 'before_record': raise Killed
         if path.parent.name == 'train' and path.stem == 'cc-00003' and point == 'while_writing':
             (path.parent/f'.{path.name}.abc.safetensors').write_bytes(b'half a file')
+            (folder := path.parent/f'.{path.name}.abc.safetensors.def').mkdir()
+            (folder/'.tmpXYZ').write_bytes(b'what safetensors had written of it')
             raise Killed
         return real(path, *args, **kwargs)
     monkeypatch.setattr(data, 'save_weights', dying)
