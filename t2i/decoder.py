@@ -23,7 +23,7 @@ from .train import Task
 from .unet import UNet
 
 # %% ../nbs/03_decoder.ipynb #800de916
-OF_TRAINING = ('drop', 'augment')  # keys of [decoder] that are no matter of the network
+OF_TRAINING = ('drop', 'augment', 'finish')  # keys of [decoder] that are no matter of the network
 
 def make_decoder(
     preset='emoji',  # name, path, or a preset
@@ -37,9 +37,12 @@ def make_decoder(
 
 def make_diffusion(
     preset='emoji',  # name, path, or a preset
+    finish: bool = False,  # as at the end of a training, see `finish` of [decoder]
 ) -> Diffusion:
     "The diffusion process that a preset's decoder is trained with."
-    return Diffusion(**load_preset(preset).diffusion)
+    preset = load_preset(preset)
+    changes = {k: v for k, v in preset.decoder.get('finish', {}).items() if k != 'share'} if finish else {}
+    return Diffusion(**{**preset.diffusion, **changes})
 
 # %% ../nbs/03_decoder.ipynb #24f8805a
 def training_draws(
@@ -161,7 +164,8 @@ class DecoderTask(Task):
         self.data, self.held_out = PreparedDataset(prepared/'train'), PreparedDataset(prepared/'validation')
         self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
-        self.diffusion, self.model = make_diffusion(self.preset), make_decoder(self.preset)
+        self.diffusion, self.finish, self.model = make_diffusion(self.preset), make_diffusion(self.preset, finish=True), make_decoder(self.preset)
+        self.finishes_at = 1 - self.preset.decoder.get('finish', {}).get('share', 0.)
 
     def __len__(self): return len(self.data)
 
@@ -176,11 +180,12 @@ class DecoderTask(Task):
 
     def loss(self, model, batch):
         x_0, y, changes, *draws = batch
-        if not self.preset.decoder.get('augment'): return decoder_loss(self.diffusion, model, x_0, y, *draws)
+        diffusion = self.diffusion if self.used < self.finishes_at else self.finish
+        if not self.preset.decoder.get('augment'): return decoder_loss(diffusion, model, x_0, y, *draws)
         if self.clip:
             x_0 = augmented(x_0, changes)
             with torch.no_grad(): y = self.statistics.image.standardize(self.clip.encode_pixels(x_0).float())
-        return decoder_loss(self.diffusion, model, x_0, y, *draws, augmentation=augmentation_numbers(changes))
+        return decoder_loss(diffusion, model, x_0, y, *draws, augmentation=augmentation_numbers(changes))
 
     def validate(self, model, n=256):
         "The loss on held-out pictures, always with the same noise."

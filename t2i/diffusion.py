@@ -49,12 +49,14 @@ class Diffusion:
         target: str = 'eps',  # what a network predicts: the noise 'eps', the 'v' of Salimans & Ho (2022), or the image 'x0'
         vlb_weight: float = 1e-3,  # λ of (3.17)
         snr_range: 'tuple | None' = None,  # bounds on the loss's weight on the image's error, see `training_losses`; None is the plain (3.15)
+        robust: bool = False,  # errors that are large for their noise count by their size, not by its square; needs `snr_range`
     ):
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
         if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
         if not isinstance(timesteps, int) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
         if snr_range is not None and not 0 <= snr_range[0] < snr_range[1]: raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
-        self.target, self.vlb_weight, self.snr_range, self.trained_timesteps = target, vlb_weight, snr_range, timesteps
+        if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
+        self.target, self.vlb_weight, self.snr_range, self.robust, self.trained_timesteps = target, vlb_weight, snr_range, robust, timesteps
         self._tabulate((1 - SCHEDULES[schedule](timesteps)).cumprod(0), torch.arange(timesteps))
 
     def _tabulate(self, alphas_cumprod: Tensor, timestep_map: Tensor):
@@ -288,6 +290,14 @@ def bits_per_dimension(
 
 # %% ../nbs/02_diffusion.ipynb #c7bdd880
 @patch
+def robust_error(self: Diffusion, predicted: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    "The pseudo-Huber error of x̂_0, element by element: e² while |e| is small against 1/(2 SNR), |e|/SNR beyond; none where both lie at the same end of the range."
+    error = predicted - x_0
+    clipped = (x_0.abs() > 1 - 1/255)&(predicted*x_0.sign() > 1)
+    error = error.masked_fill(clipped, 0.)
+    return 2*error**2/(1 + (1 + (2*self.at('snr', t, error)*error)**2).sqrt())
+
+@patch
 def training_losses(
     self: Diffusion,
     model,  # network (x_t, t, **model_kwargs) → [N, 2C, H, W], or [N, C, H, W] without a learned variance
@@ -301,12 +311,14 @@ def training_losses(
     output = model(x_t, self.network_timesteps(t), **(model_kwargs or {})).to(x_0.dtype)
     target = {'eps': noise, 'v': self.velocity(x_0, t, noise), 'x0': x_0}[self.target]
     simple = mean_flat((output[:, :channels] - target)**2)
-    frozen_mean = torch.cat([output[:, :channels].detach(), output[:, channels:]], 1)
-    vlb = self.vlb_terms(*self.interpret(frozen_mean, x_t, t), x_0, x_t, t)
+    predicted, log_variance = self.interpret(output, x_t, t)
+    vlb = self.vlb_terms(predicted.detach(), log_variance, x_0, x_t, t)
     loss = simple
     if self.snr_range:
         snr = self.at('snr', t, simple)
-        loss = loss*snr.clamp(*self.snr_range)/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
+        if self.robust: loss = mean_flat(self.robust_error(predicted, x_0, t))
+        else: loss = loss/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
+        loss = loss*snr.clamp(*self.snr_range)
     if output.shape[1] > channels: loss = loss + self.vlb_weight*self.timesteps*vlb
     return {'loss': loss, 'simple': simple, 'vlb': vlb}
 

@@ -24,6 +24,7 @@ class Task:
     "What the loop trains. A task has `model`, and overrides the methods below."
     model: nn.Module
     contrastive = False  # whether the loss compares the examples of a batch with each other
+    used = 0.  # the share of the training's budget that is used up: the loop sets it before each step
 
     def __len__(self) -> int: "Number of training examples."; raise TypeError(f'{type(self).__name__} must define __len__')
     def batch(self, indices, generators): "Tensors [N, …] of the examples at `indices`, on the CPU; what is random about an example is drawn from its generator."; raise TypeError(f'{type(self).__name__} must define batch')
@@ -349,6 +350,7 @@ class _Run:
     def train_step(self) -> dict:
         c, (pieces, seed), numbers = self.c, next(self.coming), {}
         torch.manual_seed(seed)
+        self.task.used = self.used
         for group in self.optimizer.param_groups:
             group['lr'] = c.learning_rate*learning_rate_factor(self.step, self.used, c.warmup, c.decay, c.final_learning_rate)
         for i, piece in enumerate(pieces):

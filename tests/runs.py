@@ -15,7 +15,8 @@ CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch._dynamo', 'torch.utils.tensorboard', 'accelerate', 'codecarbon', 't2i.decoder', 't2i.translator', 't2i.train'])
 PRESET = Preset.nest(dict(
     name='toy', data=dict(image_size=16), clip=dict(embedding_size=8), diffusion=dict(target='v'),
-    decoder=dict(pixel_unshuffle=4, model_channels=32, channel_mult=[1, 1], num_res_blocks=1, attention_resolutions=[2], num_head_channels=16, dropout=0., drop=0.2),
+    decoder=dict(pixel_unshuffle=4, model_channels=32, channel_mult=[1, 1], num_res_blocks=1, attention_resolutions=[2], num_head_channels=16, dropout=0., drop=0.2,
+                 finish=dict(share=0.5, snr_range=(1, 1000), robust=True)),
     translator=dict(width=16, layers=2, expansion=2, dropout=0.),
     sampling=dict(sampler='ddim', steps=2, guidance_scale=3., image_guidance_scale=0.005, thresholding='dynamic', percentile=99.5, batch_size=4)))
 CONFIG = dict(batch_size=8, learning_rate=1e-3, steps=20, ema=0.9, log_every=1, validate_every=10, sample_every=15, save_minutes=0.01)

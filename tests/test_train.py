@@ -100,6 +100,18 @@ class Line(Task):
 LINE = dict(batch_size=16, learning_rate=0.01, steps=40, log_every=10, save_minutes=0)
 
 
+def test_the_task_is_told_how_far_the_training_is(tmp_path):
+    class Watched(Line):
+        def loss(self, model, batch):
+            seen.append(self.used)
+            return super().loss(model, batch)
+
+    seen = []
+    train(Watched(), LINE | dict(steps=4, log_every=4), tmp_path/'run', device='cpu', progress=False)
+    train(Watched(), LINE | dict(steps=8, log_every=4), tmp_path/'run', device='cpu', progress=False)
+    assert seen == [0, 1/4, 2/4, 3/4] + [4/8, 5/8, 6/8, 7/8]
+
+
 @pytest.mark.parametrize('factor, words', [(float('nan'), 'the loss is nan'), (float('inf'), 'the loss is inf'), (1e6, 'the loss rose from')])
 def test_exploding_loss_spares_the_checkpoint(tmp_path, factor, words):
     with pytest.raises(FloatingPointError, match=f'{words}.*at step 17: lower the learning rate; the last good state is .*checkpoint.pt'):
