@@ -89,7 +89,9 @@ def process_state(device):
     from accelerate import PartialState
     atexit.unregister(_leave)
     atexit.register(_leave)
-    return PartialState(cpu=torch.device(device).type == 'cpu')
+    joined, state = torch.distributed.is_initialized(), PartialState(cpu=torch.device(device).type == 'cpu')
+    if not joined: state.wait_for_everyone()  # one that is still joining would not survive that another, with nothing to do, leaves
+    return state
 
 
 def _leave():
