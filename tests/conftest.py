@@ -7,9 +7,14 @@ import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('T2I_PRECISION', 'float32')  # the same numbers on every machine; of bfloat16 is what asks for it
 
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes, and one that is killed while it holds it would stop this one for ever
+tqdm.monitor_interval = 0  # no thread may hold the lock while another forks
 
 
 @pytest.fixture(scope='session')
