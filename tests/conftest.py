@@ -3,11 +3,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('T2I_PRECISION', 'float32')  # the same numbers on every machine; of bfloat16 is what asks for it
 
-import threading
 from pathlib import Path
 
 import pytest
