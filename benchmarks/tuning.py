@@ -18,9 +18,9 @@ from t2i.metrics import evaluate, extract_features
 from t2i.pipeline import TextToImage
 from t2i.sampling import sample
 
-CHANGES = [{}, *({'guidance_scale': s} for s in (1., 1.5, 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)),
-           *({'sampler': s, 'num_inference_steps': n} for s, n in (('dpm_solver_pp', 10), ('dpm_solver_pp', 20), ('ddim', 20), ('ddpm', 50))), {'best_of': 4},
-           *({'guided': [low, high]} for low, high in ((0, 799), (0, 599), (200, 999), (400, 999))), {'last_step_at': 0}, {'last_step_at': 8}, {'colours': 16}]
+CHANGES = [{}, *({'guidance_scale': s} for s in (1., 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)),
+           *({'exposure_bias': b} for b in (0., 0.3, 0.9)), {'exposure_bias': 0., 'same_timesteps': True}, *({'sampler': s} for s in ('sde_dpm_solver_pp', 'ddim')), {'sampler': 'ddpm', 'num_inference_steps': 50},
+           {'best_of': 4}, *({'guided': [low, high]} for low, high in ((0, 799), (400, 999))), {'colours': 16}]
 
 
 def draw_guided(pipe, pairs, low, high) -> list:
@@ -36,12 +36,12 @@ def draw_guided(pipe, pairs, low, high) -> list:
     return drawn
 
 
-def draw(pipe, pairs, folder, thresholding=None, best_of=1, guided=None, last_step_at=None, colours=None, **settings) -> list:
+def draw(pipe, pairs, folder, thresholding=None, best_of=1, guided=None, same_timesteps=False, colours=None, **settings) -> list:
     "The pictures of one setting; of several candidates those whose embeddings are most like the ones that they were drawn from."
     pipe.preset.sampling.thresholding = thresholding or pipe.preset.sampling.thresholding
     if guided: return draw_guided(pipe, pairs, *guided)
     if colours: return [p.quantize(colours, dither=Image.Dither.NONE).convert('RGB') for p in draw(pipe, pairs, folder, **settings)]
-    if last_step_at is not None: settings['num_inference_steps'] = [last_step_at, *pipe.diffusion.respace(pipe.preset.sampling.steps).timestep_map.tolist()]
+    if same_timesteps: settings['num_inference_steps'] = pipe.diffusion.respace(pipe.preset.sampling.steps).timestep_map.tolist()  # without exposure bias they would end before t = 0
     candidates = [draw_variant('Image decoder only', pipe, pairs, SEED + i, folder, **settings) for i in range(best_of)]
     wanted = pipe.embed_images(pairs.images)
     likeness = torch.stack([F.cosine_similarity(pipe.embed_images(c), wanted) for c in candidates])

@@ -38,11 +38,13 @@ def make_decoder(
 def make_diffusion(
     preset='emoji',  # name, path, or a preset
     finish: bool = False,  # as at the end of a training, see `finish` of [decoder]
+    sampling: bool = False,  # as it is sampled, see `exposure_bias` of [sampling]
 ) -> Diffusion:
-    "The diffusion process that a preset's decoder is trained with."
+    "The diffusion process that a preset's decoder is trained with, or sampled."
     preset = load_preset(preset)
     changes = {k: v for k, v in preset.decoder.get('finish', {}).items() if k != 'share'} if finish else {}
-    return Diffusion(**{**preset.diffusion, **changes})
+    diffusion = Diffusion(**{**preset.diffusion, **changes})
+    return diffusion.expect_errors(preset.sampling.get('exposure_bias', 0.)) if sampling else diffusion
 
 # %% ../nbs/03_decoder.ipynb #24f8805a
 def training_draws(
@@ -204,7 +206,8 @@ class DecoderTask(Task):
         x_0, y = self.examples(self.held_out, indices)
         rows = [y]
         if self.translator: rows.append(self.translator(self.statistics.text.standardize(self.held_out.text_embeddings(indices)[:, 0])))
-        drawn = [decode(self.diffusion, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding).cpu() for row in rows]
+        process = make_diffusion(self.preset, sampling=True)
+        drawn = [decode(process, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding).cpu() for row in rows]
         return image_grid(torch.cat([x_0, *drawn]), columns=len(x_0))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'target': self.diffusion.target}

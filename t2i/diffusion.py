@@ -56,8 +56,10 @@ class Diffusion:
         if not isinstance(timesteps, int) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
         if snr_range is not None and not 0 <= snr_range[0] < snr_range[1]: raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
-        self.target, self.vlb_weight, self.snr_range, self.robust, self.trained_timesteps = target, vlb_weight, snr_range, robust, timesteps
-        self._tabulate((1 - SCHEDULES[schedule](timesteps)).cumprod(0), torch.arange(timesteps))
+        self.target, self.vlb_weight, self.snr_range, self.robust, self.trained_timesteps, self.exposure_bias = target, vlb_weight, snr_range, robust, timesteps, 0.
+        alphas_cumprod = (1 - SCHEDULES[schedule](timesteps)).cumprod(0)
+        self.trained_noise = (1 - alphas_cumprod)/alphas_cumprod  # variance of x_t/√ᾱ_t - x_0, at all timesteps that a network is trained with
+        self._tabulate(alphas_cumprod, torch.arange(timesteps))
 
     def _tabulate(self, alphas_cumprod: Tensor, timestep_map: Tensor):
         "All tables, float64 [timesteps], from ᾱ alone."
@@ -76,6 +78,8 @@ class Diffusion:
         # β̃ is zero at the first timestep and its logarithm would be -∞: the second one stands in
         first = self.posterior_variance[1] if self.timesteps > 1 else self.betas[0]
         self.log_posterior_variance = self.posterior_variance.clamp(min=first.item()).log()
+        # what a network is told: the first timestep that has as much noise; without exposure bias that is `timestep_map`
+        self.told = torch.searchsorted(self.trained_noise, (1 - alphas_cumprod)/alphas_cumprod + self.exposure_bias**2).clamp(max=self.trained_timesteps - 1)
 
     def at(
         self,
@@ -89,8 +93,8 @@ class Diffusion:
         return self._cast[key][t].reshape(-1, *[1]*(like.ndim - 1))
 
     def network_timesteps(self, t: Tensor) -> Tensor:
-        "`t` in the count that the network was trained with, LongTensor [N]."
-        return self.at('timestep_map', t, t)
+        "What the network is told at `t`, in the count that it was trained with, LongTensor [N]."
+        return self.at('told', t, t)
 
 # %% ../nbs/02_diffusion.ipynb #a190ca48
 def patch(method):
@@ -328,11 +332,12 @@ def respace(
     self: Diffusion,
     steps: 'int | list',  # how many timesteps to keep, or which ones
 ) -> Diffusion:
-    "The process that visits some of the timesteps only; its βs follow from the kept ᾱs, `timestep_map` holds the original timesteps."
+    "The process that visits some of the timesteps only; its βs follow from the kept ᾱs, `timestep_map` holds the original timesteps. A number of steps keeps t = 0 among them if errors are expected."
     total = self.timesteps
     if isinstance(steps, int):
         if not 1 <= steps <= total: raise ValueError(f"{steps} steps cannot be chosen from {total} timesteps: use a number from 1 to {total}")
-        kept = [total*(i + 1)//steps - 1 for i in range(steps)]
+        if self.exposure_bias and steps > 1: kept = [(total - 1)*i//(steps - 1) for i in range(steps)]
+        else: kept = [total*(i + 1)//steps - 1 for i in range(steps)]
     else:
         kept = sorted(int(t) for t in steps)
         if not kept or kept[0] < 0 or kept[-1] >= total or len(set(kept)) < len(kept):
@@ -340,3 +345,16 @@ def respace(
     respaced = copy.copy(self)
     respaced._tabulate(self.alphas_cumprod[kept], self.timestep_map[kept])
     return respaced
+
+# %% ../nbs/02_diffusion.ipynb #84eb4561
+@patch
+def expect_errors(
+    self: Diffusion,
+    exposure_bias: float,  # δ, the deviation of the errors; 0 expects none
+) -> Diffusion:
+    "The process whose latents carry errors of a network's own: at each timestep the network is told the first one of training that has so much noise in all."
+    if not 0 <= exposure_bias < math.inf: raise ValueError(f"exposure_bias is {exposure_bias}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
+    expecting = copy.copy(self)
+    expecting.exposure_bias = exposure_bias
+    expecting._tabulate(self.alphas_cumprod, self.timestep_map)
+    return expecting

@@ -52,7 +52,7 @@ class TextToImage:
         self.translator, self.decoder, self.upsampler = translator.eval(), decoder.eval(), upsampler and upsampler.eval()
         for network in (self.decoder, self.upsampler):
             if network: network.to(memory_format=torch.channels_last)  # convolutions on a CPU reorder weights in every pass, and this order is near the one they want
-        self.diffusion = make_diffusion(self.preset)
+        self.diffusion = make_diffusion(self.preset, sampling=True)
 
     @classmethod
     def from_preset(
@@ -172,6 +172,7 @@ class TextToImage:
         num_images_per_prompt: int = 1,
         num_inference_steps: 'int | None' = None,  # default: the preset's
         guidance_scale: 'float | None' = None,  # s of classifier-free guidance, 1 is none; default: the preset's
+        exposure_bias: 'float | None' = None,  # the deviation of the decoder's own errors in its latents, see `Diffusion.expect_errors`; default: the preset's
         generator=None,  # a seed, a torch.Generator, or one of them for each picture; None draws a fresh seed
         translate: bool = True,  # False leaves the translator out
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
@@ -191,8 +192,8 @@ class TextToImage:
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         s = self.preset.sampling
         steps = s.steps if num_inference_steps is None else num_inference_steps
-        diffusion = self.diffusion.respace(steps)
-        generators = make_generators(generator, len(y))
+        process = self.diffusion if exposure_bias is None else self.diffusion.expect_errors(exposure_bias)
+        diffusion, generators = process.respace(steps), make_generators(generator, len(y))
         base, mask = self._base(base_image, len(y)), self._mask(mask)
         pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
@@ -203,7 +204,7 @@ class TextToImage:
                 part = slice(i, i + size)
                 hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
                 with _memory_for(len(y[part]), self.preset.data.image_size):
-                    x = decode(self.diffusion, self.decoder, y[part], generators[part], sampler or s.sampler, steps,
+                    x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps,
                                s.guidance_scale if guidance_scale is None else guidance_scale, s.thresholding, s.percentile, hook)
                 drawn.append(x)
                 bar.update(len(x))

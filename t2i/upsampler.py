@@ -259,7 +259,7 @@ class UpsamplerTask(Task):
     def redraw(self, x_0, y, generators):
         "What the decoder makes of small pictures, drawn as the preset draws, from timesteps that are drawn at random."
         if not generators: return x_0
-        diffusion, s, device = make_diffusion(self.preset), self.preset.sampling, next(self.decoder.parameters()).device
+        diffusion, s, device = make_diffusion(self.preset, sampling=True), self.preset.sampling, next(self.decoder.parameters()).device
         low, high = self.redrawn_from
         t = diffusion.timesteps*(low + (high - low)*torch.cat([torch.rand(1, generator=g) for g in generators]))
         x_0, y, t, noise = (v.to(device) for v in (x_0, y, t.long(), randn(x_0.shape[1:], generators)))

@@ -166,11 +166,12 @@ def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
 
 
 def test_tuning_changes_one_setting_at_a_time(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, 'CHANGES', [{}, {'guidance_scale': pipe.preset.sampling.guidance_scale}, {'thresholding': 'none'}, {'num_inference_steps': pipe.preset.sampling.steps + 3}])
+    monkeypatch.setattr(tuning, 'CHANGES', [{}, {'guidance_scale': pipe.preset.sampling.guidance_scale}, {'thresholding': 'none'}, {'num_inference_steps': pipe.preset.sampling.steps + 3},
+                                          {'exposure_bias': 0.5}, {'exposure_bias': 0., 'same_timesteps': True}])
     usual = dict(pipe.preset.sampling)
-    same, again, without, longer = tuning.tune(pipe, pipe.clip, draw_pairs(8, 0), tmp_path)['settings']
+    same, again, without, longer, biased, unbiased = tuning.tune(pipe, pipe.clip, draw_pairs(8, 0), tmp_path)['settings']
     assert dict(pipe.preset.sampling) == usual
-    assert same['fid'] == again['fid'] and len({same['fid'], without['fid'], longer['fid']}) == 3
+    assert same['fid'] == again['fid'] == unbiased['fid'] and len({same['fid'], without['fid'], longer['fid'], biased['fid']}) == 4
 
 
 def test_the_best_of_several_pictures_is_most_like_what_was_asked_for(pipe, tmp_path):
