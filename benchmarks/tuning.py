@@ -5,47 +5,25 @@ import sys, time
 from pathlib import Path
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from judge import RUN, SEED, load_judge
-from t2i.core import autocast, make_generators, randn, save_json, to_pil
-from t2i.decoder import guided_denoiser
+from t2i.core import save_json
 from t2i.experiments import draw_pairs, draw_variant
 from t2i.judge import caption_ranks
 from t2i.metrics import evaluate, extract_features
 from t2i.pipeline import TextToImage
-from t2i.sampling import sample
 
-CHANGES = [{}, *({'guidance_scale': s} for s in (1., 2., 3., 4., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)),
-           *({'exposure_bias': b} for b in (0., 0.3, 0.9)), {'exposure_bias': 0., 'same_timesteps': True}, *({'sampler': s} for s in ('sde_dpm_solver_pp', 'ddim')), {'sampler': 'ddpm', 'num_inference_steps': 50},
-           {'best_of': 4}, *({'guided': [low, high]} for low, high in ((0, 799), (400, 999))), {'colours': 16}]
+CHANGES = [{}, *({'exposure_bias': b} for b in (0., 0.3, 0.9)), {'exposure_bias': 0., 'same_timesteps': True}, *({'sampler': s} for s in ('sde_dpm_solver_pp', 'ddim')),
+           *({'guidance_scale': s} for s in (2., 3., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)), {'colours': 16}]
 
 
-def draw_guided(pipe, pairs, low, high) -> list:
-    "Pictures with guidance at the timesteps from `low` to `high` only."
-    s, drawn = pipe.preset.sampling, []
-    diffusion, generators = pipe.diffusion.respace(s.steps), make_generators(SEED, len(pairs))
-    for i, y in enumerate(pipe.embed_images(pairs.images).split(32)):
-        with torch.no_grad(), autocast(pipe.device):
-            guided, plain = (guided_denoiser(diffusion, pipe.decoder, y.to(pipe.device), scale, s.thresholding, s.percentile) for scale in (s.guidance_scale, 1.))
-            def denoise(x, t): return (guided if low <= diffusion.timestep_map[t[0]] <= high else plain)(x, t)
-            mine = generators[32*i:32*i + len(y)]
-            drawn += to_pil(sample(s.sampler, denoise, diffusion, randn((3, pipe.decoder.image_size, pipe.decoder.image_size), mine, pipe.device), mine))
-    return drawn
-
-
-def draw(pipe, pairs, folder, thresholding=None, best_of=1, guided=None, same_timesteps=False, colours=None, **settings) -> list:
-    "The pictures of one setting; of several candidates those whose embeddings are most like the ones that they were drawn from."
+def draw(pipe, pairs, folder, thresholding=None, same_timesteps=False, colours=None, **settings) -> list:
+    "The pictures of one setting."
     pipe.preset.sampling.thresholding = thresholding or pipe.preset.sampling.thresholding
-    if guided: return draw_guided(pipe, pairs, *guided)
     if colours: return [p.quantize(colours, dither=Image.Dither.NONE).convert('RGB') for p in draw(pipe, pairs, folder, **settings)]
     if same_timesteps: settings['num_inference_steps'] = pipe.diffusion.respace(pipe.preset.sampling.steps).timestep_map.tolist()  # without exposure bias they would end before t = 0
-    candidates = [draw_variant('Image decoder only', pipe, pairs, SEED + i, folder, **settings) for i in range(best_of)]
-    wanted = pipe.embed_images(pairs.images)
-    likeness = torch.stack([F.cosine_similarity(pipe.embed_images(c), wanted) for c in candidates])
-    return [candidates[k][i] for i, k in enumerate(likeness.argmax(0).tolist())]
+    return draw_variant('Image decoder only', pipe, pairs, SEED, folder, **settings)
 
 
 def tune(pipe, judge, pairs, folder) -> dict:
