@@ -14,15 +14,15 @@ from t2i.judge import caption_ranks
 from t2i.metrics import evaluate, extract_features
 from t2i.pipeline import TextToImage
 
-CHANGES = [{}, *({'exposure_bias': b} for b in (0., 0.3, 0.9)), {'exposure_bias': 0., 'same_timesteps': True}, *({'sampler': s} for s in ('sde_dpm_solver_pp', 'ddim')),
+CHANGES = [{}, *({'exposure_bias': b} for b in (0., 0.3, 0.9)), {'exposure_bias': 0., 'timesteps_for': 0.5}, {'timesteps_for': 0.}, *({'sampler': s} for s in ('sde_dpm_solver_pp', 'ddim')),
            *({'guidance_scale': s} for s in (2., 3., 6.)), *({'thresholding': t} for t in ('none', 'dynamic')), *({'num_inference_steps': n} for n in (5, 20)), {'colours': 16}]
 
 
-def draw(pipe, pairs, folder, thresholding=None, same_timesteps=False, colours=None, **settings) -> list:
-    "The pictures of one setting."
+def draw(pipe, pairs, folder, thresholding=None, timesteps_for=None, colours=None, **settings) -> list:
+    "The pictures of one setting; `timesteps_for` is the exposure bias whose timesteps are visited, if not that which the network is told of."
     pipe.preset.sampling.thresholding = thresholding or pipe.preset.sampling.thresholding
     if colours: return [p.quantize(colours, dither=Image.Dither.NONE).convert('RGB') for p in draw(pipe, pairs, folder, **settings)]
-    if same_timesteps: settings['num_inference_steps'] = pipe.diffusion.respace(pipe.preset.sampling.steps).timestep_map.tolist()  # without exposure bias they would end before t = 0
+    if timesteps_for is not None: settings['num_inference_steps'] = pipe.diffusion.expect_errors(timesteps_for).respace(pipe.preset.sampling.steps).timestep_map.tolist()
     return draw_variant('Image decoder only', pipe, pairs, SEED, folder, **settings)
 
 

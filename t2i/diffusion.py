@@ -62,7 +62,7 @@ class Diffusion:
         self._tabulate(alphas_cumprod, torch.arange(timesteps))
 
     def _tabulate(self, alphas_cumprod: Tensor, timestep_map: Tensor):
-        "All tables, float64 [timesteps], from ᾱ alone."
+        "All tables, float64 [timesteps], from ᾱ alone, and what a network is told."
         self.timesteps, self.timestep_map, self._cast = len(alphas_cumprod), timestep_map, {}
         self.alphas_cumprod = alphas_cumprod  # ᾱ_t
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])  # ᾱ_{t-1}, with ᾱ_0 = 1

@@ -235,7 +235,7 @@ def test_noise_on_the_small_pictures_is_as_strong_as_the_network_is_told(own, pa
 class Grey(torch.nn.Module):
     "Sees grey in everything, and remembers what it saw."
     def __init__(self): super().__init__(); self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
-    def forward(self, x, t, y): self.seen.append(x); return torch.zeros(len(x), 6, *x.shape[2:])
+    def forward(self, x, t, y): self.seen.append((x, t)); return torch.zeros(len(x), 6, *x.shape[2:])
 
 
 def test_the_decoder_redraws_small_pictures_and_the_network_is_told_how_wrong_they_are(own, pairs):
@@ -248,6 +248,17 @@ def test_the_decoder_redraws_small_pictures_and_the_network_is_told_how_wrong_th
     task.settings = Preset.nest({**own.upsampler, 'redrawn': 0.})
     _, noisy, _, level = task.examples(task.data, torch.arange(12), make_generators(0, 12))
     assert len(task.decoder.seen) == 2 and level.max() <= own.upsampler.max_noise
+
+
+def test_the_decoder_redraws_as_it_draws(own, pairs):
+    "A preset that expects errors tells it of them."
+    def told(**sampling):
+        preset = Preset.nest(own | {'upsampler': own.upsampler | {'redrawn': 1.}, 'diffusion': {'target': 'x0'}, 'sampling': own.sampling | sampling})
+        task = UpsamplerTask(preset, pairs/'prepared', pairs/'large', Grey())
+        task.examples(task.data, torch.arange(12), make_generators(0, 12))
+        return torch.stack([t for _, t in task.decoder.seen])
+    plain = told(exposure_bias=0.)
+    assert torch.equal(told(exposure_bias=0.5), Diffusion().expect_errors(0.5).told[plain]) and (told(exposure_bias=0.5) > plain).any()
 
 
 def test_redrawing_goes_back_no_further_than_it_is_told():
