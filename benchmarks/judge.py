@@ -52,6 +52,17 @@ def goals(table):
     }
 
 
+def what_embeddings_hold(judge, pipe, training, pairs, drawn) -> dict:
+    "The recall@1 of the judge and of the pipeline's own CLIP, and the judge's where that CLIP finds the caption of the real picture and where it does not; also for the training pictures whose embeddings are nearest to the real ones'."
+    def found(clip, pictures): return np.array(caption_ranks(clip, pictures, pairs.captions)['rank'] < 1)
+    real = as_pictures(pairs.images)
+    nearest = (pipe.clip.encode_images(real, normalize=True)@pipe.clip.encode_images(training.pictures, normalize=True).T).argmax(1)
+    held, rows = found(pipe.clip, real), {REAL: real, 'Nearest training picture': [training.pictures[i] for i in nearest]} | drawn
+    judged = {name: found(judge, pictures) for name, pictures in rows.items()}
+    return {name: {'judge': by_judge.mean(), 'own CLIP': found(pipe.clip, rows[name]).mean()} | {f"judge, where own CLIP is {'right' if known else 'wrong'} about the real picture": by_judge[held == known].mean()
+                   for known in np.unique(held)} for name, by_judge in judged.items()}
+
+
 def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict:
     "Every judgement about one picture of each variant for each pair; `folder` keeps the pictures."
     drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=progress) for variant in VARIANTS}
@@ -62,7 +73,7 @@ def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict
     table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
     parts = part_scores(judge, COMPOSED, pipe([compose(t)[0] for t in COMPOSED], generator=0))
     table.attrs['parts'] = parts.right.mean()
-    return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
+    return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'embeddings': what_embeddings_hold(judge, pipe, training, pairs, drawn), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
             'parts': parts.to_dict('records'), 'weights': pipe.fingerprints(), 'sampling': dict(pipe.preset.sampling), 'device': str(pipe.device), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')}
 
 

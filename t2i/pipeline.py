@@ -301,6 +301,7 @@ def _drawn_from(pipe, captions, seed, settings) -> dict:
     "What decides how pictures look."
     sampling, weights = dict(pipe.preset.sampling), pipe.fingerprints()
     sampling['num_inference_steps'] = sampling.pop('steps')
+    sampling.pop('image_guidance_scale', None)  # of base images, which a folder's pictures do not have
     upsampling = pipe.preset.upsampler.sampling if settings.get('upsample') else {}
     if not upsampling: weights.pop('upsampler', None)
     without_size = lambda d: {k: v for k, v in d.items() if k != 'batch_size'}

@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
 from t2i.judge import COMPOSED, TrainingPictures
 from t2i.pipeline import TextToImage, draw_to_folder
+from t2i.plots import as_pictures
 from t2i.sampling import SAMPLERS
 from t2i.unet import UNet, stage_table
 
@@ -163,6 +165,16 @@ def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
     assert 0 < found['variants'][REAL]['recall@1'] <= found['variants'][REAL]['recall@10'] and found['variants'][REAL]['copies'] == 0
     full, decoder = (found['variants'][name] for name in ('Full pipeline', 'Image decoder only'))
     assert found['goals']['FID of the full pipeline / image decoder only']['found'] == pytest.approx(full['fid']/decoder['fid'])
+
+
+def test_what_embeddings_hold():
+    clip, pairs = TextToImage.from_preset('emoji', 'cpu').clip, draw_pairs(48, judge.SEED)
+    real = as_pictures(pairs.images)
+    same, nearest, shifted = judge.what_embeddings_hold(clip, SimpleNamespace(clip=clip), SimpleNamespace(pictures=real[::-1]), pairs, {'of another caption': real[1:] + real[:1]}).values()
+    assert 0 < same['judge'] == same['own CLIP'] < 1  # a judge that is the pipeline's own CLIP agrees with it
+    assert [v for k, v in same.items() if k.startswith('judge, ')] == [0, 1]  # wrong, right
+    assert nearest == same  # found again among "training" pictures in another order
+    assert shifted['judge'] < 0.2 < same['judge']
 
 
 def test_tuning_changes_one_setting_at_a_time(pipe, tmp_path, monkeypatch):

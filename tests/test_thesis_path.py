@@ -216,6 +216,8 @@ def test_pictures_of_other_weights_captions_or_no_settings_are_refused(pipe, tmp
     pairs = draw_pairs(3, 1)
     draw_variant('Full pipeline', pipe, pairs, 1, tmp_path, **SETTINGS)
     other = TextToImage.from_preset('smoke', 'cpu')
+    other.preset.sampling['image_guidance_scale'] = 7.  # asked for by base images only
+    assert draw_variant('Full pipeline', other, pairs, 1, tmp_path, **SETTINGS)
     with torch.no_grad(): next(other.decoder.parameters()).view(-1)[5] += 1e-6
     with pytest.raises(ValueError, match="weights.decoder is '.*' there and '.*' now"): draw_variant('Full pipeline', other, pairs, 1, tmp_path, **SETTINGS)
     pairs.captions[2] = 'something else'
