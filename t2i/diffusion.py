@@ -78,6 +78,7 @@ class Diffusion:
         # β̃ is zero at the first timestep and its logarithm would be -∞: the second one stands in
         first = self.posterior_variance[1] if self.timesteps > 1 else self.betas[0]
         self.log_posterior_variance = self.posterior_variance.clamp(min=first.item()).log()
+        self.log_noise_left = (1 - self.alphas_cumprod_prev).log().maximum(self.log_posterior_variance)  # in the latent that a step arrives at
         # what a network is told: the first timestep that has as much noise; without exposure bias that is `timestep_map`
         self.told = torch.searchsorted(self.trained_noise, (1 - alphas_cumprod)/alphas_cumprod + self.exposure_bias**2).clamp(max=self.trained_timesteps - 1)
 
@@ -193,9 +194,10 @@ class PerfectDenoiser:
 # %% ../nbs/02_diffusion.ipynb #e5a061e2
 @patch
 def log_variance(self: Diffusion, output: Tensor, t: Tensor) -> Tensor:
-    "log Σ_θ (3.7) from a network's variance channels, in which -1 means β̃_t and 1 means β_t."
+    "log Σ_θ (3.7) from a network's variance channels, in which -1 means β̃_t and 1 means β_t; where errors are expected, at most the noise of the latent that the step arrives at."
     v = (output + 1)/2
-    return v*self.at('log_betas', t, output) + (1 - v)*self.at('log_posterior_variance', t, output)
+    learned = v*self.at('log_betas', t, output) + (1 - v)*self.at('log_posterior_variance', t, output)
+    return learned.minimum(self.at('log_noise_left', t, output)) if self.exposure_bias else learned
 
 @patch
 def interpret(
