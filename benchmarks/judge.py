@@ -73,7 +73,8 @@ def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict
     table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
     parts = part_scores(judge, COMPOSED, pipe([compose(t)[0] for t in COMPOSED], generator=0))
     table.attrs['parts'] = parts.right.mean()
-    return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'embeddings': what_embeddings_hold(judge, pipe, training, pairs, drawn), 'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
+    return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'embeddings': what_embeddings_hold(judge, pipe, training, pairs, drawn),
+            'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},
             'parts': parts.to_dict('records'), 'weights': pipe.fingerprints(), 'sampling': dict(pipe.preset.sampling), 'device': str(pipe.device), 'torch': torch.__version__, 'when': time.strftime('%Y-%m-%d')}
 
 
