@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'linear_schedule', 'cosine_schedule', 'Diffusion', 'Perf
            'discretized_gaussian_log_likelihood', 'mean_flat']
 
 # %% ../nbs/02_diffusion.ipynb #7e5b633a
-import copy, math
+import copy, math, numbers
 
 import torch
 from torch import Tensor
@@ -53,12 +53,12 @@ class Diffusion:
     ):
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
         if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
-        if not isinstance(timesteps, int) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
+        if not isinstance(timesteps, numbers.Integral) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
         if snr_range is not None and not 0 <= snr_range[0] < snr_range[1]: raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
-        self.target, self.vlb_weight, self.snr_range, self.robust, self.trained_timesteps, self.exposure_bias = target, vlb_weight, snr_range, robust, timesteps, 0.
+        self.target, self.vlb_weight, self.snr_range, self.robust, self.exposure_bias = target, vlb_weight, snr_range, robust, 0.
         alphas_cumprod = (1 - SCHEDULES[schedule](timesteps)).cumprod(0)
-        self.trained_noise = (1 - alphas_cumprod)/alphas_cumprod  # variance of x_t/√ᾱ_t - x_0, at all timesteps that a network is trained with
+        self.trained = self  # what respacing and expecting errors leave as it is: the process that a network is trained with
         self._tabulate(alphas_cumprod, torch.arange(timesteps))
 
     def _tabulate(self, alphas_cumprod: Tensor, timestep_map: Tensor):
@@ -76,11 +76,11 @@ class Diffusion:
         self.posterior_variance = (1 - self.alphas_cumprod_prev)/(1 - self.alphas_cumprod)*self.betas  # β̃_t (3.14)
         self.log_betas = self.betas.log()
         # β̃ is zero at the first timestep and its logarithm would be -∞: the second one stands in
-        first = self.posterior_variance[1] if self.timesteps > 1 else self.betas[0]
-        self.log_posterior_variance = self.posterior_variance.clamp(min=first.item()).log()
+        first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas[:1]
+        self.log_posterior_variance = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_noise_left = (1 - self.alphas_cumprod_prev).log().maximum(self.log_posterior_variance)  # in the latent that a step arrives at
         # what a network is told: the first timestep that has as much noise; without exposure bias that is `timestep_map`
-        self.told = torch.searchsorted(self.trained_noise, (1 - alphas_cumprod)/alphas_cumprod + self.exposure_bias**2).clamp(max=self.trained_timesteps - 1)
+        self.told = torch.searchsorted(1/self.trained.snr, 1/self.snr + self.exposure_bias**2).clamp(max=self.trained.timesteps - 1)
 
     def at(
         self,
@@ -211,8 +211,9 @@ def interpret(
     if output.shape[1] not in (channels, 2*channels):
         raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
     x_0, variance = output[:, :channels], output[:, channels:]
-    if self.target == 'eps': x_0 = self.x0_from_eps(x_t, t, x_0)
-    if self.target == 'v': x_0 = self.x0_from_v(x_t, t, x_0)
+    if self.target != 'x0':  # the answer is for the timestep that the network was told
+        way = {'eps': self.trained.x0_from_eps, 'v': self.trained.x0_from_v}[self.target]
+        x_0 = way(x_t, self.network_timesteps(t), x_0)
     return x_0, self.log_variance(variance, t) if variance.shape[1] else self.at('log_posterior_variance', t, x_t).expand_as(x_t)
 
 @patch
@@ -336,7 +337,7 @@ def respace(
 ) -> Diffusion:
     "The process that visits some of the timesteps only; its βs follow from the kept ᾱs, `timestep_map` holds the original timesteps. A number of steps keeps t = 0 among them if errors are expected."
     total = self.timesteps
-    if isinstance(steps, int):
+    if isinstance(steps, numbers.Integral):
         if not 1 <= steps <= total: raise ValueError(f"{steps} steps cannot be chosen from {total} timesteps: use a number from 1 to {total}")
         if self.exposure_bias and steps > 1: kept = [(total - 1)*i//(steps - 1) for i in range(steps)]
         else: kept = [total*(i + 1)//steps - 1 for i in range(steps)]
