@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+try: import fcntl
+except ImportError: fcntl = None  # Windows knows no such locks
+
 from .core import atomic_path, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
@@ -52,7 +55,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> torch.Tensor
 
 # %% ../nbs/lib/train.ipynb #a8e9292a
 def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear', final: float = 0.) -> float:
-    "Factor on the base learning rate; `progress` is the used share of the budget, `final` the share that a linear decay reaches at its end."
+    "Factor on the base learning rate; `progress` is the share of the decay that is over, `final` the share that a linear decay reaches at its end."
     warm = min(1, (step + 1)/max(1, warmup))
     if decay == 'constant': return warm
     if decay == 'linear': return warm*(1 - (1 - final)*progress)
@@ -197,7 +200,12 @@ def make_config(config, device: torch.device) -> TrainConfig:
         for key in (*config, *config.get('cpu', ())):
             if key not in known: raise ValueError(f"a training has no setting {key!r}: use {', '.join(sorted(known))}")
         config = TrainConfig(**config)
-    return replace(config, **config.cpu) if device.type == 'cpu' else config
+    if device.type == 'cpu': config = replace(config, **config.cpu)
+    for key in ('batch_size', 'micro_batch', 'steps', 'decay_steps', 'log_every', 'validate_every', 'sample_every', 'learning_rate', 'clip_norm', 'explosion'):
+        value = getattr(config, key)
+        if value is not None and not value > 0: raise ValueError(f"the training's {key} is {value}: it must be more than 0")
+    if not 0 <= config.ema < 1: raise ValueError(f"the training's ema is {config.ema}: the rate of an average is a number from 0 (none) to less than 1")
+    return config
 
 
 def train(
@@ -212,7 +220,8 @@ def train(
 ) -> Path:
     """Train `task.model`, resumably → the path of its weights (`weights.safetensors` in `out`; the moving average if there is one).
 
-    Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, and `SystemExit(143)` after SIGTERM; the last checkpoint is intact each time."""
+    Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, `ValueError` if another process trains in `out`, `SystemExit(143)` after SIGTERM and
+    `KeyboardInterrupt` after Ctrl-C; the last checkpoint is intact each time, and both signals make one."""
     return _Run(task, config, out, seed, device, hours, initial, progress).run()
 
 # %% ../nbs/lib/train.ipynb #ec9fb9c2
@@ -233,7 +242,8 @@ class _Run:
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
         self.share()
         self.step, self.examples, self.elapsed, self.best, self.since_best, self.energy_before = 0, 0, 0., math.inf, 0, {'kwh': 0., 'kg_co2': 0.}
-        self.asked_to_stop = self.terminated = False
+        self.sums, self.since, self.logged = {}, 0, 0.  # of the steps since the last row of the log, and when that was
+        self.asked_to_stop = self.terminated = 0  # the number of the signal
         self.wrap(initial)
         self.coming = self.batches(AHEAD if self.gpu else 0)
 
@@ -277,10 +287,12 @@ class _Run:
         self.optimizer = optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
         if state:
             self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
-            for k in ('step', 'examples', 'elapsed', 'best', 'since_best'): setattr(self, k, state[k])
+            for k in self.counts: setattr(self, k, state[k])
             self.energy_before = state['energy']
 
     # -- state --------------------------------------------------------------------------------------------------
+    counts = 'step', 'examples', 'elapsed', 'best', 'since_best', 'sums', 'since', 'logged'
+
     @property
     def checkpoint(self): return self.out/'checkpoint.pt'
 
@@ -304,7 +316,7 @@ class _Run:
     def save(self, energy):
         with self.evaluation(): average = self.tensors() if self.average else None
         state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
-                 'step': self.step, 'examples': self.examples, 'elapsed': self.elapsed, 'best': self.best, 'since_best': self.since_best, 'energy': energy}
+                 'energy': energy, **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
         if not self.c.keep_best: self.save_weights(average or state['model'])
@@ -316,8 +328,7 @@ class _Run:
     @property
     def used(self) -> float:
         "The share of the budget, steps or hours, that is used up."
-        share = self.step/(self.c.decay_steps or self.c.steps)
-        return min(1., max(share, self.elapsed/3600/self.hours if self.hours else 0))
+        return min(1., max(self.step/self.c.steps, self.elapsed/3600/self.hours if self.hours else 0))
 
     @property
     def finished(self) -> bool:
@@ -352,7 +363,7 @@ class _Run:
         torch.manual_seed(seed)
         self.task.used = self.used
         for group in self.optimizer.param_groups:
-            group['lr'] = c.learning_rate*learning_rate_factor(self.step, self.used, c.warmup, c.decay, c.final_learning_rate)
+            group['lr'] = c.learning_rate*learning_rate_factor(self.step, self.used*c.steps/(c.decay_steps or c.steps), c.warmup, c.decay, c.final_learning_rate)
         for i, piece in enumerate(pieces):
             batch = [b.to(self.accelerator.device, non_blocking=True) for b in piece]
             accumulates = i < len(pieces) - 1 and not c.fsdp
@@ -395,6 +406,7 @@ class _Run:
         with self.evaluation() as model:
             numbers = self.task.validate(model)
             if self.c.keep_best:
+                if self.c.keep_best not in numbers: raise ValueError(f"keep_best is {self.c.keep_best!r}, which the validation does not measure: use one of {', '.join(numbers)}")
                 value, = self.agree(numbers[self.c.keep_best])
                 self.since_best += 1
                 if value < self.best:
@@ -414,20 +426,38 @@ class _Run:
         dist.all_reduce(together, op, self.group)
         return together.tolist()
 
-    def means(self, sums, count, lowest) -> dict:
-        "The mean of each number over steps and processes; an error if training has gone astray."
-        totals = self.agree(*(float(v)/count/self.processes for v in sums.values()), op=dist.ReduceOp.SUM)
-        row = dict(zip(sums, totals))
+    def means(self, lowest) -> dict:
+        "The mean of each number over the steps since the last row and processes; an error if training has gone astray."
+        totals = self.agree(*(float(v)/self.since/self.processes for v in self.sums.values()), op=dist.ReduceOp.SUM)
+        row = dict(zip(self.sums, totals))
         good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
         if not all(map(math.isfinite, totals)): raise FloatingPointError(f"the loss is {row['loss']} and the gradient's norm {row['gradient_norm']} at step {self.step}: lower the learning rate; {good}")
         if row['loss'] > self.c.explosion*lowest: raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
         return row
 
-    def terminate(self, *_): self.asked_to_stop = True  # at any moment: the loop decides after the next step
+    def terminate(self, number, _):
+        "At any moment: the loop decides after the next step. Whoever cannot wait for it asks twice."
+        if self.asked_to_stop and number == signal.SIGINT: raise KeyboardInterrupt
+        self.asked_to_stop = number
+
+    @contextlib.contextmanager
+    def alone(self):
+        "While no other process trains in this folder."
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.main or fcntl is None:
+            yield
+            return
+        with open(self.out/'.lock', 'w') as lock:
+            try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError: raise ValueError(f"another process trains in {self.out}: wait until it has ended, or name another folder") from None
+            yield
 
     def run(self) -> Path:
+        with self.alone(): return self.train()
+
+    def train(self) -> Path:
         from tqdm.auto import tqdm
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.finished and self.main: print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to train; give more, or name another folder")
         if self.main:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
         rows = Log.read(self.out/'log.csv')
@@ -437,26 +467,27 @@ class _Run:
             used = self.agree(*(energy.read().values() if energy else (0., 0.)), op=dist.ReduceOp.SUM)
             return {k: v + before for v, (k, before) in zip(used, self.energy_before.items())}
         can_signal = threading.current_thread() is threading.main_thread()
-        if can_signal: handler = signal.signal(signal.SIGTERM, self.terminate)
+        handlers = {number: signal.signal(number, self.terminate) for number in (signal.SIGTERM, signal.SIGINT) if can_signal}
         self.model.train()
         start, saved = time.time() - self.elapsed, time.time()
-        sums, since, since_time, self.clock = {}, 0, time.time(), (time.process_time(), time.time())
+        self.clock = time.process_time(), time.time()
         try:
-            with tqdm(total=self.c.steps, initial=self.step, desc=self.out.name, disable=not self.progress, mininterval=5) as bar:
+            with tqdm(total=100, initial=round(100*self.used, 1), desc=self.out.name, unit='%', disable=not self.progress, mininterval=5, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
                 while not self.finished and not self.terminated:
-                    for k, v in self.train_step().items(): sums[k] = sums.get(k, 0) + v
-                    since += 1
+                    for k, v in self.train_step().items(): self.sums[k] = self.sums.get(k, 0) + v
+                    self.since += 1
                     self.elapsed, due, self.terminated = self.agree(time.time() - start, time.time() - saved > self.c.save_minutes*60, self.asked_to_stop)
-                    bar.update()
+                    bar.update(100*self.used - bar.n)
                     due, row = due or self.finished or self.terminated, {}
                     if self.step % self.c.log_every == 0 or due:
-                        numbers = self.means(sums, since, lowest)  # before anything is saved
+                        numbers = self.means(lowest)  # before anything is saved
+                        self.sums = {k: v*self.since for k, v in numbers.items()}  # of all processes alike, as a checkpoint keeps them
                     if self.step % self.c.log_every == 0 or self.finished:
                         row = numbers | {'learning_rate': self.optimizer.param_groups[0]['lr'], 'seconds': self.elapsed,
-                                         'examples_per_second': since*self.c.batch_size/(time.time() - since_time), 'utilisation': self.utilisation()}
+                                         'examples_per_second': self.since*self.c.batch_size/(self.elapsed - self.logged), 'utilisation': self.utilisation()}
                         lowest = min(lowest, row['loss'])
-                        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                        sums, since, since_time = {}, 0, time.time()
+                        bar.set_postfix(step=self.step, loss=f"{row['loss']:.4f}", refresh=False)
+                        self.sums, self.since, self.logged = {}, 0, self.elapsed
                     if self.step % self.c.validate_every == 0 or self.finished: row |= self.validate()
                     if row and self.main:
                         with self.write(): log.write(self.step, **row)
@@ -467,9 +498,11 @@ class _Run:
             used = total_energy()
         finally:
             self.coming.close()
-            if can_signal: signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items(): signal.signal(number, handler)
             if energy: energy.stop()
-        if self.terminated and not self.finished: raise SystemExit(128 + signal.SIGTERM)
+        if self.terminated and not self.finished:
+            if self.main: print(f'{self.out} is saved at step {self.step:,}: the same command goes on from there')
+            raise KeyboardInterrupt if self.terminated == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
         if self.main:
             save_json(self.out/'energy.json', {**used, 'hours': self.elapsed/3600, 'how': energy.how(), 'steps': self.step, 'examples': self.examples, 'device': str(self.accelerator.device)})
         self.accelerator.wait_for_everyone()

@@ -46,20 +46,25 @@ def test_two_processes_train_as_one(folder, whole, config):
     check_weights(out, CONFIG['steps'])
 
 
-def test_sharded_run_trains_as_one_and_goes_on_in_one_process(folder, whole):
-    out = folder/'sharded'
-    assert finish(start(out, world=2, fsdp=True, micro_batch=2, steps=10, decay_steps=CONFIG['steps'])) == [0, 0]
-    check_weights(out, 10)
-    assert finish(start(out)) == [0]
-    torch.testing.assert_close(losses(out), losses(whole), atol=1e-5, rtol=0)
-
-
 def in_time(attempt, tries=5):
     "`attempt(name)`, again under another name if the run was over before anything could be done to it."
     for i in range(tries):
         try: return attempt(f'try{i}')
         except TooLate: pass
     raise AssertionError(f'each of {tries} runs was over before it was stopped')
+
+
+def test_sharded_run_trains_as_one_and_goes_on_in_one_process(folder, whole):
+    def attempt(name):
+        processes = start(folder/f'sharded{name}', world=2, fsdp=True, micro_batch=2)
+        wait_for(folder/f'sharded{name}', 8, processes)
+        if (codes := stop(processes, signal.SIGTERM)) == [0, 0]: raise TooLate
+        assert codes == [128 + signal.SIGTERM]*2
+        return folder/f'sharded{name}'
+    out = in_time(attempt)
+    check_weights(out, torch.load(out/'checkpoint.pt', weights_only=True)['step'])
+    assert finish(start(out)) == [0]
+    torch.testing.assert_close(losses(out), losses(whole), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('world, kills', [(1, 3), (2, 1)])
@@ -112,6 +117,33 @@ def test_the_task_is_told_how_far_the_training_is(tmp_path):
     assert seen == [0, 1/4, 2/4, 3/4] + [4/8, 5/8, 6/8, 7/8]
 
 
+def test_a_longer_decay_is_no_longer_training(tmp_path):
+    class Watched(Line):
+        def loss(self, model, batch):
+            seen.append(self.used)
+            return super().loss(model, batch)
+
+    seen = []
+    train(Watched(), LINE | dict(steps=4, decay_steps=16, log_every=1), tmp_path/'run', device='cpu', progress=False)
+    assert seen == [0, 1/4, 2/4, 3/4]
+    rates = losses(tmp_path/'run', 'learning_rate')/LINE['learning_rate']
+    torch.testing.assert_close(rates, 1 - torch.arange(4)/16, atol=1e-5, rtol=0)
+
+
+def test_the_log_of_a_run_that_goes_on_is_the_undisturbed_one(tmp_path):
+    "A row is the mean of all its steps, those before the interruption too."
+    class Interrupted(Line):
+        def loss(self, model, batch):
+            if self.steps == 16: raise KeyboardInterrupt
+            return super().loss(model, batch)
+
+    train(Line(), LINE, tmp_path/'whole', device='cpu', progress=False)
+    with pytest.raises(KeyboardInterrupt): train(Interrupted(), LINE, tmp_path/'stopped', device='cpu', progress=False)
+    assert torch.load(tmp_path/'stopped/checkpoint.pt', weights_only=True)['step'] == 16
+    train(Line(), LINE, tmp_path/'stopped', device='cpu', progress=False)
+    for name in ('loss', 'gradient_norm'): torch.testing.assert_close(losses(tmp_path/'stopped', name), losses(tmp_path/'whole', name), atol=0, rtol=2e-5)
+
+
 @pytest.mark.parametrize('factor, words', [(float('nan'), 'the loss is nan'), (float('inf'), 'the loss is inf'), (1e6, 'the loss rose from')])
 def test_exploding_loss_spares_the_checkpoint(tmp_path, factor, words):
     with pytest.raises(FloatingPointError, match=f'{words}.*at step 17: lower the learning rate; the last good state is .*checkpoint.pt'):
@@ -144,6 +176,45 @@ def test_sigterm_while_the_log_is_written(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: train(Line(), LINE | {'log_every': 1, 'save_minutes': 60.}, tmp_path, device='cpu', progress=False)
     assert e.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 5
+
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
+    "The first one is heard after the step, and what was done is kept; whoever cannot wait asks twice."
+    class Interrupted(Line):
+        def loss(self, model, batch):
+            for _ in range(times if self.steps == 16 else 0): signal.raise_signal(signal.SIGINT)
+            return super().loss(model, batch)
+
+    for times, step in ((1, 17), (2, None)):
+        out = tmp_path/str(times)
+        with pytest.raises(KeyboardInterrupt): train(Interrupted(), LINE | {'save_minutes': 60.}, out, device='cpu', progress=False)
+        assert (torch.load(out/'checkpoint.pt', weights_only=True)['step'] if step else None) == step and (out/'checkpoint.pt').exists() == bool(step)
+    assert 'saved at step 17' in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    class Second(Line):
+        def loss(self, model, batch):
+            if self.steps == 3:
+                with pytest.raises(ValueError, match='another process trains in .*: wait until it has ended, or name another folder'):
+                    train(Line(), LINE, tmp_path, device='cpu', progress=False)
+            return super().loss(model, batch)
+
+    train(Second(), LINE | {'steps': 5}, tmp_path, device='cpu', progress=False)
+    train(Line(), LINE, tmp_path, device='cpu', progress=False)
+
+
+def test_a_finished_training_says_so(tmp_path, capsys):
+    for _ in range(2): train(Line(), LINE | {'steps': 5}, tmp_path, device='cpu', progress=False)
+    assert capsys.readouterr().out.count('has used up what it was given (5 steps in 0.00 hours): nothing is left to train') == 1
+
+
+@pytest.mark.parametrize('key, value, words', [('steps', 0, 'more than 0'), ('log_every', 0, 'more than 0'), ('clip_norm', 0., 'more than 0'), ('ema', 1.5, 'from 0'), ('keep_best', 'val', 'use one of')])
+def test_settings_that_make_no_sense(tmp_path, key, value, words):
+    class Validated(Line):
+        def validate(self, model): return {'validation_loss': 1.}
+    with pytest.raises(ValueError, match=f'{key} is .*{words}'): train(Validated(), LINE | {key: value}, tmp_path, device='cpu', progress=False)
 
 
 def test_pieces_of_a_batch_add_up(tmp_path):
