@@ -211,6 +211,7 @@ class CLIP:
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
         if isinstance(images, Image.Image): images = [images]
+        if isinstance(images, np.ndarray) and images.dtype != np.uint8: raise ValueError(f"the pictures are an array of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
         out = []
         for i in range(0, len(images), batch_size):
             part = images[i:i + batch_size]

@@ -97,11 +97,13 @@ class Conv3x3(nn.Conv2d):
         h, w = x.shape[2:]
         if (x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or self.training and not torch.is_grad_enabled()
             or h % 4 or w % 4 or h * w < 64 or min(self.in_channels, self.out_channels) < 96): return super().forward(x)
-        if torch.is_grad_enabled(): return _Winograd.apply(x, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            self._transformed = None, None  # what follows may change the weights, and fused optimisers do not count
+            return _Winograd.apply(x, self.weight, self.bias)
         state = self.weight.data_ptr(), self.weight._version
         if self._transformed[0] != state: self._transformed = state, _filters(self.weight)
         return _pixels(_products(_tiles(x), self._transformed[1], self.bias), len(x), h, w)
 
     def train(self, mode=True):
-        self._transformed = None, None  # fused optimisers change weights without counting
+        self._transformed = None, None
         return super().train(mode)

@@ -311,11 +311,8 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_formats())
         if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS: raise Image.DecompressionBombError
         image.load()
-        if image.info.get('exif'): image = ImageOps.exif_transpose(image)
-        if image.mode == 'RGB' and 'transparency' not in image.info: return image
         if image.mode == 'F': raise ValueError('numbers without a range')
-        if image.mode[0] == 'I': image = Image.fromarray((np.asarray(image).astype(np.float32)/257).round().clip(0, 255).astype(np.uint8))
-        return on_white(image.convert('RGBA') if 'transparency' in image.info else image)
+        return on_white(image)
     except Image.DecompressionBombError:
         raise Undecodable(f"these {len(data)} bytes claim to be a picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels, which is not a picture for training: skip it", 'decompression bomb') from None
     except Exception as e:  # Pillow's plugins raise whatever a damaged file makes of them
@@ -427,7 +424,8 @@ def merged_statistics(shards) -> Statistics:
     "The statistics, float64, of all shards together from the `shard_moments` of each."
     total = {}
     for kind, m in chain.from_iterable(s.items() for s in shards): total[kind] = merge_moments(total[kind], m) if kind in total else m
-    return Statistics(**{kind: Standardizer(mean, (squares/n).sqrt()) for kind, (n, mean, squares) in total.items()})
+    def deviation(squares, n): return torch.where(squares > 0, (squares/n).sqrt(), 1.)  # what never varies is left as it is
+    return Statistics(**{kind: Standardizer(mean, deviation(squares, n)) for kind, (n, mean, squares) in total.items()})
 
 
 def training_statistics(folder) -> Statistics:
@@ -518,11 +516,19 @@ class _Batches:
         save_weights(self.out/'records'/f'{self.shard.name}.safetensors', tensors, record)
 
 
+def _whole(path) -> bool:
+    "Whether a file of tensors is there and has its full length."
+    from safetensors import SafetensorError, safe_open
+    try: safe_open(path, 'pt')
+    except (OSError, SafetensorError): return False
+    return True
+
+
 def _record(out, shard) -> 'tuple | None':
     "(tensors, record) of a shard that is done, else None."
     try: tensors, record = load_weights(out/'records'/f'{shard.name}.safetensors', None)
     except (FileNotFoundError, ValueError): return None
-    whole = record.get('signature') == shard.signature and all((out/s/f'{shard.name}.safetensors').is_file() for s in record['splits'])
+    whole = record.get('signature') == shard.signature and all(_whole(out/s/f'{shard.name}.safetensors') for s in record['splits'])
     return (tensors, record) if whole else None
 
 # %% ../nbs/01_data.ipynb #9bdd29cc
@@ -569,7 +575,7 @@ def prepare(
         writer.shutdown()
     _wait(out, shards)
     report, = broadcast_object_list([_merge(out, shards) if state.is_main_process else None])
-    if not report['splits'].get('train'): raise ValueError(f"none of the {report['samples']} samples could be prepared for training: {out/'report.json'} says why")
+    if not report['splits'].get('train'): raise ValueError(f"none of the {report['samples']} samples is for training ({report['prepared']} could be prepared, for validation or test): give more pictures; {out/'report.json'} says what is wrong with others")
     return report
 
 
@@ -634,7 +640,8 @@ class PreparedDataset:
         if not paths: raise FileNotFoundError(f"{folder} holds no prepared shard: make them with `t2i prepare`")
         self.paths, self.shards = [], []
         for path in paths:
-            f = safe_open(path, 'pt')
+            try: f = safe_open(path, 'pt')
+            except Exception as e: raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and its record, and let `t2i prepare` make it again") from None
             if captions and 'text_embeddings' not in f.keys(): continue
             self.paths.append(path)
             self.shards.append({k: f.get_tensor(k) for k in f.keys()})  # mapped, not read

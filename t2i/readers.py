@@ -255,6 +255,12 @@ def _pictures_in(folder) -> list:
         return sorted((e for e in entries if not e.name.startswith('.') and Path(e.name).suffix.lower() in PICTURES), key=lambda e: e.name)
 
 
+def _has_captions(folder) -> bool:
+    "Whether a .txt lies beside one of the pictures."
+    names = set(os.listdir(folder))
+    return any(Path(e.name).stem + '.txt' in names for e in _pictures_in(folder))
+
+
 def _read_class(folder, root, start, stop, name):
     for e in _pictures_in(folder)[start:stop]: yield _captioned(Path(e.path).relative_to(root).as_posix(), Path(e.path), name)
 
@@ -431,9 +437,9 @@ def find_shards(
     if tables := _files(folder, '.csv', '.tsv', '.jsonl'):
         if len(tables) > 1: raise ValueError(f"{folder} holds {', '.join(t.name for t in tables)}: leave the one that describes the pictures")
         return picture_shards(folder, tables[0])
-    first = next((f for f in _folders(folder) if _pictures_in(f)), None)
-    if first and any(Path(e.path).with_suffix('.txt').is_file() for e in _pictures_in(first)): return picture_shards(folder)
-    if first and first != folder: return class_shards(folder, class_captions)
-    if first: raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file and caption")
+    some = [f for f in _folders(folder) if _pictures_in(f)]
+    if any(map(_has_captions, some)): return picture_shards(folder)
+    if some and some[0] != folder: return class_shards(folder, class_captions)
+    if some: raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file and caption")
     raise ValueError(f"{folder} holds nothing that can be read: expected .tar or .parquet shards with pictures, ImageNet as .npz or in folders, "
                      "MS-COCO with its annotations, or pictures with captions")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from t2i import data
 from t2i.cli import app
 from t2i.core import load_weights, square
-from t2i.data import PreparedDataset, Statistics, prepare, training_statistics
+from t2i.data import PreparedDataset, Statistics, merged_statistics, moments, prepare, training_statistics
 
 
 def raw_shards(folder, shards=6, n=40):
@@ -78,6 +79,23 @@ def test_what_is_prepared(raw, whole):
         'images': ('U8', [64, 64, 3]), 'image_embeddings': ('F16', [2]), 'text_embeddings': ('F16', [1, 3])}
 
 
+def test_a_shard_that_was_cut_off_is_made_again(raw, whole, tmp_path):
+    out = tmp_path/'out'
+    shutil.copytree(whole, out)
+    cut = out/'train/cc-00001.safetensors'
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r'cc-00001.safetensors cannot be read .*let `t2i prepare` make it again'): PreparedDataset(out/'train')
+    prepare(Stub(), raw, out, progress=False, batch_size=16)
+    assert contents(out) == contents(whole)
+
+
+def test_what_never_varies_is_left_as_it_is():
+    still, lively = torch.ones(5), torch.arange(5.)
+    statistics = merged_statistics([{'image': moments(torch.stack([still, lively], 1)), 'text': moments(still[:, None])}])
+    y = statistics.image.standardize(torch.tensor([[1., 2.], [3., 2.]]))
+    assert torch.equal(y, torch.tensor([[0., 0.], [2., 0.]]))
+
+
 def test_padding_is_white_and_in_the_middle(tmp_path):
     Image.new('RGB', (128, 64), 'black').save(tmp_path/'wide.png')
     out = np.asarray(square(Image.open(tmp_path/'wide.png'), 64))
@@ -103,7 +121,7 @@ def test_statistics_are_those_of_a_single_pass(whole):
         x = torch.cat([s[f'{kind}_embeddings'].flatten(0, -2) for s in shards]).numpy().astype(np.float64)
         assert saved[f'{kind}_mean'].dtype == torch.float64
         np.testing.assert_allclose(saved[f'{kind}_mean'], x.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(saved[f'{kind}_std'], x.std(0), rtol=1e-12)
+        np.testing.assert_allclose(saved[f'{kind}_std'], np.where(x.std(0) > 0, x.std(0), 1), rtol=1e-12)
     again = training_statistics(whole/'train')
     assert torch.equal(again.image.mean, saved['image_mean']) and torch.equal(again.text.std, saved['text_std'])
     y = Statistics.load(whole/'statistics.safetensors').image.standardize(PreparedDataset(whole/'train').image_embeddings(torch.arange(100)))

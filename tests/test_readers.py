@@ -51,6 +51,15 @@ def good(samples): return {s.key: s.captions for s in samples if isinstance(s, S
 
 
 # -- formats ------------------------------------------------------------------------------------------------------
+def test_captions_are_found_in_whatever_folder_they_are(tmp_path):
+    for name in ('a/1', 'b/2', 'b/3'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/f'{name}.png').write_bytes(picture())
+    (tmp_path/'b/2.txt').write_text('a red square')
+    (tmp_path/'a/notes.txt').write_text('about no picture')
+    assert [s.captions for shard in find_shards(tmp_path) for s in shard if isinstance(s, Sample) and s.captions] == [('a red square',)]
+
+
 def test_tar_of_img2dataset(tmp_path):
     write_tar(tmp_path/'00000.tar', pairs(3))
     write_tar(tmp_path/'00001.tar', [('./sub/a.PNG', picture()), ('./sub/a.cls', b'3'), ('./sub/a.json', b'{"caption": "from json"}'), ('._a.png', b'of macOS'), ('b.c.png', picture())])
