@@ -207,7 +207,7 @@ class DecoderTask(Task):
         rows = [y]
         if self.translator: rows.append(self.translator(self.statistics.text.standardize(self.held_out.text_embeddings(indices)[:, 0])))
         process = make_diffusion(self.preset, sampling=True)
-        drawn = [decode(process, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding).cpu() for row in rows]
+        drawn = [decode(process, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding, percentile=s.percentile).cpu() for row in rows]
         return image_grid(torch.cat([x_0, *drawn]), columns=len(x_0))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'target': self.diffusion.target}

@@ -37,7 +37,7 @@ def pulls(
 ) -> Tensor:  # float64 [diffusion.timesteps], each in [0, 1]
     "The share of the way to the guiding image that each step goes: 1 − ∏(1 − w·d_t) over the timesteps whose latents are nearest to its own."
     if not 0 <= scale <= 1: raise ValueError(f"the image guidance scale is {scale}: use a number from 0 (no guidance) to 1")
-    left = 1 - scale*decay_table(decay, diffusion.trained_timesteps)
+    left = 1 - scale*decay_table(decay, diffusion.trained.timesteps)
     arrivals = [-1] + diffusion.timestep_map[:-1].tolist()  # the latents that the steps arrive at; -1 is the image
     cuts = [0] + [(a + b)//2 + 2 for a, b in zip(arrivals, arrivals[1:])] + [len(left)]
     return torch.stack([1 - left[start:end].prod() for start, end in zip(cuts, cuts[1:])])

@@ -6,6 +6,7 @@
 __all__ = ['GENTLE', 'train_on']
 
 # %% ../nbs/lib/own_data.ipynb #814c64ca
+import math
 from pathlib import Path
 
 import torch
@@ -31,16 +32,19 @@ def train_on(
     seed: int = 0,
     device=None,
     progress: bool = True,
+    on_prepared=None,  # function (report of `prepare`), called before the training
 ) -> Path:
     """Train a preset's translator and decoder on your own pictures → `out`, which `TextToImage.from_pretrained` loads.
 
-    Raises `ValueError` or `FileNotFoundError` if the folder holds no pictures with captions."""
+    Raises `ValueError` or `FileNotFoundError` if the folder holds no pictures with captions, or the budget is no time."""
     from t2i.decoder import DecoderTask
     from t2i.translator import TranslatorTask
+    if not 0 < hours < math.inf: raise ValueError(f"hours is {hours}: give the training a time budget of more than 0 hours, such as 0.5")
     preset, out = load_preset(preset), Path(out)
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
-    prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
+    report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
+    if on_prepared and PartialState().is_main_process: on_prepared(report)
     if shipped: load_statistics(shipped, preset.clip.embedding_size).save(out/'prepared/statistics.safetensors')  # what the weights are used to
     models = {}
     for stage, Stage in (('translator', TranslatorTask), ('decoder', DecoderTask)):

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'enough_memory', 'TextToImage', 'upsample', 'process_share', 'draw_to_folder']
 
 # %% ../nbs/lib/pipeline.ipynb #015ee548
-import contextlib, hashlib, json, os
+import contextlib, hashlib, json, math, os
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .core import ASSETS, atomic_path, from_uint8, get_device, image_seeds, load
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
+from .sampling import SAMPLERS
 from .translator import make_translator
 from .upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
 
@@ -43,6 +44,19 @@ def _memory_for(n: int, pixels: int):
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
 
 
+def _pictures(images, name: str) -> list:
+    "One PIL picture or several as a list; a `ValueError` if they are something else, such as paths."
+    images = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+    wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
+    if wrong or not images: raise ValueError(f"{name} holds {wrong or 'nothing'} and should hold PIL pictures: open a file with PIL.Image.open(path)")
+    return images
+
+
+def _check_noise(noise: float) -> float:
+    if not 0 <= noise < math.inf: raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
+    return noise
+
+
 class TextToImage:
     """A caption becomes a picture. Made by `TextToImage.from_preset("emoji")`, then called: `pipe("a red apple, noto style")`.
 
@@ -64,7 +78,7 @@ class TextToImage:
         "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there."
         preset, device = load_preset(preset), get_device(device)
         if 'weights' not in preset and checkpoints is None:
-            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, checkpoints=…)")
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, checkpoints=…) or --folder")
         if not (checkpoints or preset.get('weights')): return cls._random(preset, device)
         folder, size = Path(checkpoints or ASSETS/preset.weights), preset.clip.embedding_size
         paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset}  # what costs little comes first
@@ -150,6 +164,7 @@ class TextToImage:
 
     def embed_images(self, images) -> torch.Tensor:
         "Standardised embeddings [N, E] of pictures, PIL or uint8 [N, H, W, 3]."
+        if not isinstance(images, np.ndarray): images = _pictures(images, 'images')
         return self.statistics.image.standardize(self.clip.encode_images(images)).to(self.device)
 
     def _embeddings(self, captions, images, image_embeddings, translate):
@@ -160,6 +175,7 @@ class TextToImage:
         expected = self.preset.clip.embedding_size
         y = torch.as_tensor(image_embeddings).float()
         if y.ndim != 2 or y.shape[1] != expected or not len(y): raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
+        if not y.isfinite().all(): raise ValueError("image_embeddings hold values that are not finite: give standardised ones, as embed_images returns them")
         return y.to(self.device)
 
     # -- pictures -----------------------------------------------------------------------------------------------
@@ -178,7 +194,7 @@ class TextToImage:
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
         image_guidance_scale: 'float | None' = None,  # w; default: the preset's
         decay: str = 'linear',  # of image guidance: 'linear', 'constant' or 'cosine'
-        mask=None,  # image guidance only where it is 1: a PIL picture in mode L, or a tensor [1, 1, H, W]
+        mask=None,  # image guidance only where it is 1: a PIL picture in mode L, or a tensor or array [H, W] or [1, 1, H, W]
         sampler: 'str | None' = None,  # a key of `SAMPLERS`; default: the preset's
         upsample: bool = False,  # 64×64 → 256×256, where there is an upsampler
         upsampler_label=None,  # the class, if it has classes: 'zero-shot', a number for all or one for each picture; default: the preset's
@@ -188,7 +204,7 @@ class TextToImage:
     ) -> list:
         "PIL pictures, those of the first caption first. The same seed draws the same pictures on the same machine."
         if num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: ask for at least 1 picture")
-        if upsample: self._check_upsampler()
+        self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, upsampler_noise, batch_size)
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         s = self.preset.sampling
         steps = s.steps if num_inference_steps is None else num_inference_steps
@@ -211,15 +227,29 @@ class TextToImage:
         x = torch.cat(drawn)
         return self._upsample(x, y, upsampler_label, upsampler_noise, generators, batch_size, progress) if upsample else to_pil(x)
 
+    def _check_settings(self, num_inference_steps=None, guidance_scale=None, sampler=None, upsample=False, upsampler_noise=None, batch_size=None, **others):
+        "Refuse what would fail only while pictures are drawn, or spoil them."
+        if upsample: self._check_upsampler()
+        if num_inference_steps is not None: self.diffusion.respace(num_inference_steps)
+        if guidance_scale is not None and not math.isfinite(guidance_scale): raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
+        if sampler not in (None, *SAMPLERS): raise ValueError(f"there is no sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+        if upsampler_noise is not None: _check_noise(upsampler_noise)
+        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: draw at least 1 picture at once")
+
     def _base(self, base_image, n):
         if base_image is None: return None
-        base = to_tensor(base_image, self.preset.data.image_size).to(self.device)
+        base = to_tensor(_pictures(base_image, 'base_image'), self.preset.data.image_size).to(self.device)
         if len(base) not in (1, n): raise ValueError(f"{len(base)} base images were given for {n} pictures: give one for all, or one for each")
         return base
 
     def _mask(self, mask):
-        if not isinstance(mask, Image.Image): return mask
-        return (to_tensor(mask.convert('L').convert('RGB'), self.preset.data.image_size)[:, :1].to(self.device) + 1)/2
+        if mask is None: return None
+        size = self.preset.data.image_size
+        if isinstance(mask, Image.Image): return (to_tensor(mask.convert('L').convert('RGB'), size)[:, :1].to(self.device) + 1)/2
+        m = torch.as_tensor(mask).float() if isinstance(mask, (torch.Tensor, np.ndarray)) else torch.empty(0)
+        if m.shape not in ((size, size), (1, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
+            raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or array [1, 1, {size}, {size}] of numbers from 0 to 1")
+        return m.view(1, 1, size, size).to(self.device)
 
     # -- larger pictures ----------------------------------------------------------------------------------------
     def upsample(
@@ -234,7 +264,7 @@ class TextToImage:
     ) -> list:
         "PIL pictures, enlarged by the upsampler; with classes, `picture.info['label']` is the name of the one that it took each for."
         self._check_upsampler()
-        images, size = [images] if isinstance(images, Image.Image) else list(images), self.preset.data.image_size
+        images, size = _pictures(images, 'images'), self.preset.data.image_size
         x, y = to_tensor(images, size), None
         if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
         originals = [from_uint8(np.stack([on_white(i)]))[0] if max(i.size) > size else None for i in images]
@@ -252,7 +282,7 @@ class TextToImage:
         size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
         elif label is not None: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
-        noise = settings.get('noise', 0.) if noise is None else noise
+        noise = _check_noise(settings.get('noise', 0.) if noise is None else noise)
         def enlarge(x, y, generators):
             with _memory_for(min(size, len(x)), self.upsampler.image_size):
                 return super_resolve(diffusion, self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size, progress)
@@ -263,7 +293,7 @@ class TextToImage:
                 bar.update(len(part))
             for i, original in enumerate(originals):
                 if original is None: continue
-                whole = in_tiles(lambda tiles: enlarge(tiles, y[i].expand(len(tiles), *y[i].shape), [generators[i]]*len(tiles)), original, x.shape[-1])
+                whole = in_tiles(lambda tiles: enlarge(tiles, y[i].expand(len(tiles), *y[i].shape), make_generators(generators[i], len(tiles))), original, x.shape[-1])
                 pictures[i], = to_pil(whole[None])
                 bar.update(1)
         if classes:
@@ -318,10 +348,11 @@ def _flat(value, name: str = '') -> dict:
 def _keep_settings(folder: Path, new: dict):
     "Write the settings of a folder of pictures; if it has others, refuse it. Captions may only be more or fewer."
     path, new = folder/'settings.json', json.loads(json.dumps(new))
-    if not path.is_file():
-        if any(folder.glob('*.png')): raise ValueError(f"{folder} holds pictures and no settings.json, so nobody knows how they were drawn: name another folder, or delete this one")
-        return save_json(path, new)
-    old = json.loads(path.read_text(encoding='utf-8'))
+    if not any(folder.glob('[!.]*.png')): return save_json(path, new)  # settings without pictures are those of a run that failed
+    if not path.is_file(): raise ValueError(f"{folder} holds pictures and no settings.json, so nobody knows how they were drawn: name another folder, or delete this one")
+    try: old = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: old = {}
+    if not isinstance(old, dict) or not isinstance(old.get('captions'), list): raise ValueError(f"{path} is incomplete, so nobody knows how the pictures beside it were drawn: name another folder, or delete this one")
     n = min(len(old['captions']), len(new['captions']))
     there, asked = (_flat(d | {'captions': dict(enumerate(d['captions'][:n]))}) for d in (old, new))
     wrong = next((k for k in there | asked if there.get(k) != asked.get(k)), None)
@@ -344,7 +375,7 @@ def draw_to_folder(
     from tqdm.auto import tqdm
     folder, (p, n) = Path(folder), share
     settings = {k: v for k, v in settings.items() if v is not None}
-    if settings.get('upsample'): pipe._check_upsampler()
+    pipe._check_settings(batch_size=batch_size, **settings)
     _keep_settings(folder, _drawn_from(pipe, captions, seed, settings))
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]

@@ -52,8 +52,8 @@ def show_images(
     for axis in axes.flat: axis.axis('off')
     for axis, picture, text in zip(axes.flat, pictures, below):
         axis.imshow(picture, interpolation='nearest' if picture.width <= 100*size else 'antialiased')
-        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha='center', va='top', fontsize=7.5)
-    if title: figure.suptitle(title, fontsize=10)
+        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha='center', va='top', fontsize=7.5, parse_math=False)
+    if title: figure.suptitle(title, fontsize=10, parse_math=False)
     plt.close(figure)  # a notebook shows what a cell returns; left open it would be shown twice
     return figure
 
@@ -136,7 +136,7 @@ def show_similarity(
     axis.imshow(matrix, cmap='Blues')
     for (i, j), value in np.ndenumerate(matrix):
         axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6.5, color='white' if value > (matrix.min() + matrix.max())/2 else 'black')
-    axis.set_xticks(range(columns), [textwrap.fill(c, 24) for c in captions or ['']*columns], rotation=40, ha='left', fontsize=7, rotation_mode='anchor')
+    axis.set_xticks(range(columns), captions or ['']*columns, rotation=60, ha='left', fontsize=7, rotation_mode='anchor')
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axis.set_yticks([])
     for i, picture in enumerate([] if images is None else as_pictures(images)):

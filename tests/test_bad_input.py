@@ -1,19 +1,24 @@
 """Bad input gets one clear sentence, from Python and from the shell."""
+import errno
 import io
+import math
+import os
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from t2i import data
 from t2i.cli import app
 from t2i.core import load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
-from t2i.pipeline import TextToImage
+from t2i.pipeline import TextToImage, draw_to_folder
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
 
@@ -75,6 +80,14 @@ def test_empty_file_of_captions(generate, tmp_path):
     says(generate('--file', tmp_path/'nothing.txt'), 'nothing.txt')
 
 
+def test_file_of_captions_in_other_encodings(generate, tmp_path):
+    (tmp_path/'latin.txt').write_bytes('une pomme dorée'.encode('latin-1'))
+    says(generate('--file', tmp_path/'latin.txt'), 'latin.txt', 'UTF-8')
+    (tmp_path/'bom.txt').write_bytes('a red apple'.encode('utf-8-sig'))
+    done = shell('generate', '--preset', 'smoke', '--file', tmp_path/'bom.txt', '--steps', 1, '--out', tmp_path/'pictures')
+    assert done.exit_code == 0 and (tmp_path/'pictures/captions.txt').read_bytes() == b'a red apple\n'
+
+
 def test_long_caption(pipe, generate):
     "It is cut, and the warning shows after which words."
     with pytest.warns(UserWarning) as caught: pipe(LONG, num_inference_steps=1)
@@ -115,7 +128,7 @@ def test_weights_of_another_model(broken, generate):
 
 
 def test_weights_that_do_not_ship(tmp_path):
-    says(shell('generate', 'a red apple', '--preset', 'thesis', '--out', tmp_path/'x.png'), 'thesis', 'folder')
+    says(shell('generate', 'a red apple', '--preset', 'thesis', '--out', tmp_path/'x.png'), 'thesis', '--folder')
 
 
 @pytest.fixture
@@ -175,6 +188,15 @@ def test_undecodable_pictures_in_training_from_raw_shards(stage, shards, tmp_pat
     assert all(key in said for key in bad)
 
 
+def test_what_was_packed_draws(shards, tmp_path, monkeypatch, generate):
+    "Also if the run had no CLIP of its own."
+    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    for stage in ('translator', 'decoder'): assert shell('train', stage, '--preset', 'smoke', '--out', tmp_path/'run').exit_code == 0
+    done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run', '--out', tmp_path/'packed')
+    assert done.exit_code == 0 and 'clip.safetensors' in done.output, done.output
+    assert generate('a red apple', '--folder', tmp_path/'packed').exit_code == 0
+
+
 def test_packing_a_preset_without_a_place_for_weights(tmp_path):
     says(shell('pack', '--preset', 'thesis', '--runs', tmp_path), "'thesis'", '--out')
 
@@ -205,3 +227,142 @@ def test_kind_of_picture_file(tmp_path):
 def test_stage(tmp_path):
     says(shell('train', 'decode', '--preset', 'smoke', '--out', tmp_path), 'decode', 'clip, translator, decoder, classifier')
     says(shell('train', 'clip', '--preset', 'smoke5', '--out', tmp_path), 'smoke5')
+
+
+# -- places that are none -----------------------------------------------------------------------------------------
+@pytest.fixture
+def no_models(monkeypatch):
+    "Whatever loads a model, or runs a chapter, fails without a sentence."
+    def fail(*arguments, **options): raise AssertionError('too early')
+    for name in ('t2i.pipeline.TextToImage.from_preset', 't2i.clip.CLIP.from_preset', 't2i.clip.CLIP.load', 't2i.data.build_emoji', 'papermill.execute_notebook'): monkeypatch.setattr(name, fail)
+
+
+@pytest.mark.parametrize('words', [
+    'generate a --out FILE/x.png', 'generate a --out FILE/x', 'generate a --out FILE', 'generate a --out FOLDER.png', 'sample FILE', 'sample FILE/x', 'prepare --source . --out FILE',
+    'train clip --preset smoke --out FILE', 'train --data . --out FILE', 'pack --out FILE', 'figures --out FILE', 'build-emoji --out FILE'])
+def test_target_that_is_of_the_other_kind(words, tmp_path, no_models):
+    (tmp_path/'FILE').write_text('precious')
+    (tmp_path/'FOLDER.png').mkdir()
+    says(shell(*(str(tmp_path/w) if w.startswith(('FILE', 'FOLDER')) else w for w in words.split())), str(tmp_path), 'name a')
+    assert (tmp_path/'FILE').read_text() == 'precious'
+
+
+def test_target_without_permission(tmp_path, monkeypatch, no_models):
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    says(shell('generate', 'a', '--out', tmp_path/'x.png'), str(tmp_path), 'permissions')
+
+
+@pytest.mark.parametrize('command', ['pack', 'figures'])
+def test_wrong_preset_of_other_commands(command, no_models): says(shell(command, '--preset', 'nope'), "'nope'", 'emoji, smoke, thesis')
+
+
+@pytest.mark.parametrize('name', ['x.png', 'x'])
+def test_full_disk(monkeypatch, tmp_path, name):
+    def save(*arguments, **options): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Image.Image, 'save', save)
+    result = shell('generate', 'a', '--preset', 'smoke', '--steps', 1, '--out', tmp_path/name)
+    assert result.exit_code == 1 and str(tmp_path/name) in result.output and 'No space left' in result.output and 'make room' in result.output.splitlines()[-1]
+
+
+def test_full_disk_for_weights(weights, monkeypatch, tmp_path):
+    def save_file(*arguments, **options): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr('safetensors.torch.save_file', save_file)
+    says(shell('convert', weights/'decoder.safetensors', tmp_path/'x.safetensors'), str(tmp_path/'x.safetensors'), 'No space left', 'make room')
+
+
+@pytest.mark.parametrize('there', ['0001.png', 'captions.txt'])
+def test_single_pictures_are_not_overwritten(there, tmp_path, no_models):
+    (tmp_path/there).write_text('precious')
+    says(shell('generate', 'a', '-n', 2, '--preset', 'smoke', '--out', tmp_path), there, 'another folder')
+    assert [p.name for p in tmp_path.iterdir()] == [there] and (tmp_path/there).read_text() == 'precious'
+
+
+def test_single_pictures_beside_other_files(tmp_path):
+    for other in ('0001.png', 'notes.txt'): (tmp_path/other).write_text('precious')
+    assert shell('generate', 'a', '--preset', 'smoke', '--steps', 1, '--out', tmp_path).exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['0000.png', '0001.png', 'captions.txt', 'notes.txt']
+
+
+# -- numbers that are none, or too many ---------------------------------------------------------------------------
+@pytest.mark.parametrize('words', [
+    f'generate a --seed {2**64}', 'generate a --seed -1', 'generate a --batch-size 0', 'sample x --seed -1', 'sample x --batch-size -1', 'prepare --source . --out x --workers 0',
+    f'train clip --seed {2**64}', 'build-emoji --out x --size 0'])
+def test_options_out_of_range(words, no_models):
+    result = shell(*words.split())
+    assert result.exit_code == 2 and words.split()[-2] in result.output and 'Traceback' not in result.output, result.output
+
+
+@pytest.mark.parametrize('device', ['abacus', 'meta', 'cpu:x'])
+@pytest.mark.parametrize('words', ['generate a', 'sample x', 'prepare --source . --out x', 'train', 'figures'])
+def test_device(words, device, no_models): says(shell(*words.split(), '--device', device), device, 'take cpu')
+
+
+@pytest.mark.parametrize('hours', ['0', '-1', 'nan', 'inf'])
+def test_hours(hours, tmp_path):
+    for words in (['train', 'clip', '--preset', 'smoke'], ['train', '--data', tmp_path]): says(shell(*words, '--out', tmp_path/'run', '--hours', hours), 'hours is', 'more than 0')
+    from t2i.own_data import train_on
+    with pytest.raises(ValueError, match='hours is.*more than 0'): train_on(tmp_path, tmp_path/'run', 'smoke', float(hours))
+
+
+@pytest.mark.parametrize('scale', [math.nan, math.inf])
+def test_numbers_that_are_not_finite(pipe, generate, scale, tmp_path):
+    with pytest.raises(ValueError, match=f'guidance_scale is {scale}'): pipe('a', guidance_scale=scale)
+    with pytest.raises(ValueError, match='not finite'): pipe(image_embeddings=torch.full((1, 32), scale))
+    says(generate('a', '--guidance-scale', scale), f'guidance_scale is {scale}')
+    says(shell('sample', tmp_path/'s', '-n', 1, '--preset', 'smoke', '--guidance-scale', scale), f'guidance_scale is {scale}')
+    assert not (tmp_path/'s').exists()
+
+
+@pytest.mark.parametrize('noise', [math.nan, math.inf, -0.1])
+def test_noise_of_the_upsampler(pipe, noise):
+    with pytest.raises(ValueError, match=f'noise is {noise}.*0 or more'): pipe('a', upsampler_noise=noise)
+
+
+def test_pictures_at_once(pipe):
+    with pytest.raises(ValueError, match='batch_size is 0'): pipe('a', batch_size=0)
+
+
+def test_many_pictures_of_a_caption_in_a_grid(generate, tmp_path):
+    assert generate('a', 'b', '-n', 12, '--steps', 1).exit_code == 0
+    with Image.open(tmp_path/'out.png') as grid: assert grid.width == 6*136 and grid.height > 4*136
+
+
+@pytest.mark.parametrize('n, kind, most', [(1200, 'webp', 16383), (4500, 'jpg', 65500)])
+def test_grid_that_is_too_large_for_its_kind(n, kind, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextToImage, '__call__', lambda *arguments, **options: pytest.fail('too early'))
+    says(shell('generate', 'a', '-n', n, '--preset', 'smoke', '--out', tmp_path/f'x.{kind}'), f'x.{kind}', str(most), '.png')
+
+
+# -- a folder of pictures that was begun wrongly ------------------------------------------------------------------
+def test_a_refused_call_leaves_no_settings(pipe, tmp_path):
+    draw = lambda **settings: draw_to_folder(pipe, ['a'], lambda: pipe.embed_captions(['a']), tmp_path/'x', 1, **settings)
+    for wrong in ({'sampler': 'euler'}, {'num_inference_steps': 0}, {'batch_size': 0}):
+        with pytest.raises(ValueError): draw(**wrong)
+        assert not (tmp_path/'x').exists()
+    with pytest.raises(ZeroDivisionError): draw_to_folder(pipe, ['a'], lambda: 1/0, tmp_path/'x', 1, num_inference_steps=2)  # later than that
+    assert (tmp_path/'x/settings.json').exists() and len(draw(num_inference_steps=1)) == 1
+    with pytest.raises(ValueError, match='num_inference_steps is 1 there and 2 now'): draw(num_inference_steps=2)
+
+
+@pytest.mark.parametrize('content', ['', '{}', '{"captions": ["a"', '[]', '{"captions": 3}'])
+def test_settings_that_are_incomplete(pipe, content, tmp_path):
+    draw = lambda: draw_to_folder(pipe, ['a'], lambda: pipe.embed_captions(['a']), tmp_path, 1, num_inference_steps=1)
+    draw()
+    (tmp_path/'settings.json').write_text(content)
+    with pytest.raises(ValueError, match='settings.json is incomplete.*another folder'): draw()
+
+
+# -- pictures that are none ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize('given', [{'images': ['x.png']}, {'images': 'x.png'}, {'images': []}, {'captions': 'a', 'base_image': 'x.png'}, {'captions': 'a', 'base_image': [np.zeros((8, 8, 3))]}])
+def test_something_else_than_pictures(pipe, given):
+    with pytest.raises(ValueError, match='(images|base_image) holds (str|nothing|ndarray) .*PIL'): pipe(**given)
+
+
+def test_mask(pipe):
+    base, left = Image.new('RGB', (64, 64), 'red'), np.zeros((64, 64), np.float32)
+    left[:, :32] = 1
+    draw = lambda mask: pipe('a', base_image=base, mask=mask, image_guidance_scale=0.05, generator=1)
+    drawn = draw(Image.fromarray((255*left).astype(np.uint8)))
+    assert drawn == draw(left) == draw(left > 0) == draw(torch.tensor(left)[None, None]) != draw(None)
+    for wrong in ('x.png', left[:8], 255*left, left*math.nan, left[None]):
+        with pytest.raises(ValueError, match='the mask is a .*L, or a tensor'): draw(wrong)

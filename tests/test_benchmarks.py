@@ -184,7 +184,7 @@ def test_tuning_changes_one_setting_at_a_time(pipe, tmp_path, monkeypatch):
     same, again, without, longer, told, told_alone, usual_timesteps, timesteps_alone = tuning.tune(pipe, pipe.clip, draw_pairs(8, 0), tmp_path)['settings']
     assert dict(pipe.preset.sampling) == usual
     assert same['fid'] == again['fid'] == usual_timesteps['fid'] and len({row['fid'] for row in (same, without, longer, told)}) == 4
-    assert told_alone['fid'] == same['fid'] and timesteps_alone['fid'] == told['fid']  # an untrained network hears nothing: what differs are the timesteps
+    assert len({row['fid'] for row in (same, told, told_alone, timesteps_alone)}) == 4  # the timesteps, what the network is told of them, and both
 
 
 def test_the_study_of_steps_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 "A user's own pictures: from a folder to a pipeline, in one process and in two."
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +41,13 @@ def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):
     before = (tmp_path/'run/decoder.safetensors').read_bytes()
     assert run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu').exit_code == 0
     assert (tmp_path/'run/decoder.safetensors').read_bytes() == before, 'what is done is kept'
+
+
+def test_pictures_that_are_skipped_are_told(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path/'pictures')
+    (tmp_path/'pictures/3.jpg').write_bytes(b'not a picture')
+    done = run('--data', tmp_path/'pictures', '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu')
+    assert done.exit_code == 0 and '39 of 40 pictures are prepared; 1 pictures were skipped (1 × undecodable image)' in done.output, done.output
 
 
 def test_two_processes_prepare_and_train(pictures, tmp_path):

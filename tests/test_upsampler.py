@@ -258,7 +258,7 @@ def test_the_decoder_redraws_as_it_draws(own, pairs):
         task.examples(task.data, torch.arange(12), make_generators(0, 12))
         return torch.stack([t for _, t in task.decoder.seen])
     plain = told(exposure_bias=0.)
-    assert torch.equal(told(exposure_bias=0.5), Diffusion().expect_errors(0.5).told[plain]) and (told(exposure_bias=0.5) > plain).any()
+    assert torch.equal(told(exposure_bias=0.5), Diffusion(target='x0').expect_errors(0.5).told[plain]) and (told(exposure_bias=0.5) > plain).any()
 
 
 def test_redrawing_goes_back_no_further_than_it_is_told():
@@ -365,6 +365,16 @@ def test_tiles_meet_without_a_seam():
     brighter = in_tiles(lambda tiles: torch.arange(len(tiles)).float()[:, None, None, None].expand(-1, 3, 16, 16), torch.zeros(3, 8, 13), 8, overlap=3)
     row = brighter[0, 0]
     assert row[0] == 0 and row[-1] == 1 and (row.diff() >= 0).all() and row.diff().max() < 0.2  # one fades into the other
+
+
+def test_tiles_do_not_depend_on_the_batch(own):
+    "Each draws its own noise, also where the sampler needs some at every step."
+    settings = own.upsampler | {'image_size': 128, 'sampling': own.upsampler.sampling | {'sampler': 'ddpm', 'steps': 3}}
+    pipe = TextToImage.from_preset(Preset.nest(load_preset('smoke') | {'upsampler': settings}), 'cpu')
+    for p in pipe.upsampler.parameters(): torch.nn.init.normal_(p, std=0.1)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 150, 3), np.uint8))
+    alone, together = (np.asarray(pipe.upsample(picture, generator=1, batch_size=n)[0], int) for n in (1, 8))
+    assert np.abs(alone - together).max() <= 1
 
 
 def test_public_function():
