@@ -552,8 +552,9 @@ def prepare(
     settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip.encode_captions(['a picture'])[0].tolist()}
     _check_out(out, shards, settings)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
-    for path in out.glob('*/.*.safetensors.*'):  # what a kill left behind
-        if any(path.name.startswith(f'.{s.name}.safetensors.') for s in todo): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    mine = tuple(f'.{s.name}.safetensors.' for s in todo) + ('.statistics.safetensors.', '.report.json.')*state.is_main_process
+    for path in chain(out.glob('*/.*'), out.glob('.*')):  # what a kill left behind
+        if path.name.startswith(mine): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     workers = workers or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
     work = partial(_picture, image_size=image_size, encoder_size=getattr(clip, 'image_size', None))
     pool, writer, writing = ThreadPoolExecutor(workers), ThreadPoolExecutor(1), None

@@ -191,6 +191,7 @@ def test_killed_at_the_worst_moments(raw, whole, tmp_path, point, monkeypatch):
             (path.parent/f'.{path.name}.abc.safetensors').write_bytes(b'half a file')
             (folder := path.parent/f'.{path.name}.abc.safetensors.def').mkdir()
             (folder/'.tmpXYZ').write_bytes(b'what safetensors had written of it')
+            for name in ('.statistics.safetensors.abc.safetensors', '.report.json.abc'): (out/name).write_bytes(b'of another time')
             raise Killed
         return real(path, *args, **kwargs)
     monkeypatch.setattr(data, 'save_weights', dying)
