@@ -283,7 +283,8 @@ def train(
 ):
     "Train a preset's models, resumably; under accelerate launch with several processes."
     if stage not in (*STAGES, 'all'): raise ValueError(f"there is no stage {stage!r}: use one of {', '.join(STAGES)}, or all")
-    if hours is not None and not 0 < hours < math.inf: raise ValueError(f"--hours is {hours}: give a time budget of more than 0 hours, such as 0.5")
+    from t2i.train import check_hours
+    if hours is not None: check_hours(hours)
     settings = load_preset(preset)
     _check_folder(out or Path('runs')/settings.name)
     if data:

@@ -6,7 +6,6 @@
 __all__ = ['GENTLE', 'train_on']
 
 # %% ../nbs/lib/own_data.ipynb #814c64ca
-import math
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .clip import CLIP
 from .core import ASSETS, load_into, load_preset, load_weights
 from .data import prepare
 from .pipeline import MODELS, TextToImage
-from .train import train
+from .train import check_hours, train
 
 # %% ../nbs/lib/own_data.ipynb #b29f59b8
 GENTLE = 0.3  # of the preset's learning rate, for weights that can draw already
@@ -39,7 +38,7 @@ def train_on(
     Raises `ValueError` or `FileNotFoundError` if the folder holds no pictures with captions, or the budget is no time."""
     from t2i.decoder import DecoderTask
     from t2i.translator import TranslatorTask
-    if not 0 < hours < math.inf: raise ValueError(f"hours is {hours}: give the training a time budget of more than 0 hours, such as 0.5")
+    check_hours(hours)
     preset, out = load_preset(preset), Path(out)
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)

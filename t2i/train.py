@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AHEAD', 'Task', 'step_generator', 'batch_indices', 'learning_rate_factor', 'ema_rate', 'ema_update', 'orthogonalize',
-           'Muon', 'Energy', 'Log', 'TrainConfig', 'make_config', 'train']
+           'Muon', 'Energy', 'Log', 'TrainConfig', 'make_config', 'check_hours', 'train']
 
 # %% ../nbs/lib/train.ipynb #d9a396db
 import contextlib, csv, functools, itertools, math, signal, threading, time, warnings
@@ -206,6 +206,11 @@ def make_config(config, device: torch.device) -> TrainConfig:
         if value is not None and not value > 0: raise ValueError(f"the training's {key} is {value}: it must be more than 0")
     if not 0 <= config.ema < 1: raise ValueError(f"the training's ema is {config.ema}: the rate of an average is a number from 0 (none) to less than 1")
     return config
+
+
+def check_hours(hours: float):
+    "Refuse a time budget that is none."
+    if not 0 < hours < math.inf: raise ValueError(f"hours is {hours}: give a time budget of more than 0 hours, such as 0.5")
 
 
 def train(

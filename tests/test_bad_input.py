@@ -358,6 +358,10 @@ def test_something_else_than_pictures(pipe, given):
     with pytest.raises(ValueError, match='(images|base_image) holds (str|nothing|ndarray) .*PIL'): pipe(**given)
 
 
+def test_pictures_of_other_numbers(pipe):
+    with pytest.raises(ValueError, match='array of float64.*uint8'): pipe(images=np.zeros((1, 64, 64, 3)))
+
+
 def test_mask(pipe):
     base, left = Image.new('RGB', (64, 64), 'red'), np.zeros((64, 64), np.float32)
     left[:, :32] = 1

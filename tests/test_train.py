@@ -102,29 +102,27 @@ class Line(Task):
         return {'loss': loss*self.factor if self.steps == self.bad_at else loss}
 
 
+class Watched(Line):
+    "Notes in `seen` what it is told."
+    def __init__(self, seen): super().__init__(); self.seen = seen
+    def loss(self, model, batch):
+        self.seen.append(self.used)
+        return super().loss(model, batch)
+
+
 LINE = dict(batch_size=16, learning_rate=0.01, steps=40, log_every=10, save_minutes=0)
 
 
 def test_the_task_is_told_how_far_the_training_is(tmp_path):
-    class Watched(Line):
-        def loss(self, model, batch):
-            seen.append(self.used)
-            return super().loss(model, batch)
-
     seen = []
-    train(Watched(), LINE | dict(steps=4, log_every=4), tmp_path/'run', device='cpu', progress=False)
-    train(Watched(), LINE | dict(steps=8, log_every=4), tmp_path/'run', device='cpu', progress=False)
+    train(Watched(seen), LINE | dict(steps=4, log_every=4), tmp_path/'run', device='cpu', progress=False)
+    train(Watched(seen), LINE | dict(steps=8, log_every=4), tmp_path/'run', device='cpu', progress=False)
     assert seen == [0, 1/4, 2/4, 3/4] + [4/8, 5/8, 6/8, 7/8]
 
 
 def test_a_longer_decay_is_no_longer_training(tmp_path):
-    class Watched(Line):
-        def loss(self, model, batch):
-            seen.append(self.used)
-            return super().loss(model, batch)
-
     seen = []
-    train(Watched(), LINE | dict(steps=4, decay_steps=16, log_every=1), tmp_path/'run', device='cpu', progress=False)
+    train(Watched(seen), LINE | dict(steps=4, decay_steps=16, log_every=1), tmp_path/'run', device='cpu', progress=False)
     assert seen == [0, 1/4, 2/4, 3/4]
     rates = losses(tmp_path/'run', 'learning_rate')/LINE['learning_rate']
     torch.testing.assert_close(rates, 1 - torch.arange(4)/16, atol=1e-5, rtol=0)
