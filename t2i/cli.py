@@ -18,7 +18,7 @@ from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path,
 
 # %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
-STAGES = {'clip': 0.3, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}  # and the share of the time that each gets
+STAGES = {'clip': 0.25, 'text': 0.05, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}  # and the share of the time that each gets
 
 
 def _say(sentence: str):
@@ -219,18 +219,32 @@ def _prepare(preset, runs: Path, device=None):
     return folder
 
 
+def _clip_weights(runs: Path) -> 'Path | None':
+    "The last CLIP that a run has trained: the text stage goes on from that of the stage `clip`."
+    return next((path for stage in ('text', 'clip') if (path := runs/stage/'weights.safetensors').exists()), None)
+
+
 def _clip(preset, runs: Path, device=None):
     "The CLIP of a run, or else the one that ships."
     from t2i.clip import CLIP
-    weights = runs/'clip/weights.safetensors'
-    return CLIP.load(preset.clip, weights, device) if weights.exists() else CLIP.from_preset(preset, device)
+    weights = _clip_weights(runs)
+    return CLIP.load(preset.clip, weights, device) if weights else CLIP.from_preset(preset, device)
+
+
+def _recoloured(preset, runs: Path, device=None) -> 'Path | None':
+    "The recoloured emoji, prepared, if the preset has a use for them."
+    from t2i.data import prepare, recoloured_emoji
+    if not preset.data.get('recoloured'): return
+    folder = runs/'recoloured'
+    if not (folder/'statistics.safetensors').exists(): _tell(prepare(_clip(preset, runs, device), recoloured_emoji(), folder, preset.data.image_size), folder)
+    return folder
 
 
 def _trained(name, make, preset, runs: Path, device='cpu'):
     "A model that an earlier stage of the run has trained, in eval mode; for a run without its own CLIP the one that ships; else None."
     from t2i.checkpoints import find_checkpoint, load_checkpoint
     path = runs/name/'weights.safetensors'
-    if not path.exists(): path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not (runs/'clip/weights.safetensors').exists() else None
+    if not path.exists(): path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not _clip_weights(runs) else None
     return path and load_checkpoint(make(preset), name, path).eval().requires_grad_(False).to(get_device(device))
 
 
@@ -239,23 +253,28 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     from t2i.checkpoints import find_checkpoint
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    weights = initial and load_weights(find_checkpoint(initial, stage))[0]
+    weights = initial and load_weights(find_checkpoint(initial, 'clip' if stage == 'text' else stage))[0]
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
         if prepared and not large: raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the folder of those with --large")
         large = large or draw_large(Path(f'cache/emoji_{size}'), size)
+    emoji = not prepared
     if stage in ('translator', 'decoder', 'upsampler'): prepared = prepared or _prepare(preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     if stage == 'clip':
         from t2i.clip import ClipTask
         task = ClipTask(preset)
+    elif stage == 'text':
+        from t2i.clip import TextTask
+        from t2i.data import recoloured_emoji
+        task = TextTask(_clip(preset, runs, 'cpu'), preset, recoloured_emoji() if preset.data.get('recoloured') else None)
     elif stage == 'classifier':
         from t2i.classifier import ClassifierTask
         task = ClassifierTask(preset)
     elif stage == 'translator':
         from t2i.translator import TranslatorTask
-        task = TranslatorTask(preset, prepared)
+        task = TranslatorTask(preset, prepared, _recoloured(preset, runs, device) if emoji else None)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
         from t2i.decoder import make_decoder
@@ -316,7 +335,7 @@ def pack(
     for stage in STAGES:
         if not (runs/stage/'weights.safetensors').exists(): continue
         tensors, metadata = load_weights(runs/stage/'weights.safetensors')
-        written.append(save_weights(out/f'{stage}.safetensors', tensors, metadata, torch.float16))
+        written.append(save_weights(out/f"{'clip' if stage == 'text' else stage}.safetensors", tensors, metadata, torch.float16))
         for kind in ('log.csv', 'energy.json'):
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
@@ -325,10 +344,10 @@ def pack(
         tensors, metadata = load_weights(statistics)
         written.append(save_weights(out/'statistics.safetensors', tensors, metadata))
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
-    if 'model' not in settings.clip and not (runs/'clip/weights.safetensors').exists():  # the run used a CLIP that it had not trained; OpenAI's are found by their name
+    if 'model' not in settings.clip and not _clip_weights(runs):  # the run used a CLIP that it had not trained; OpenAI's are found by their name
         clip = _clip(settings, runs, 'cpu')
         written.append(save_weights(out/'clip.safetensors', clip.model.state_dict(), {'pieces': clip.tokenize.pieces}, torch.float16))
-    for path in written: typer.echo(f'{path}  {path.stat().st_size/1e6:.2f} MB')
+    for path in dict.fromkeys(written): typer.echo(f'{path}  {path.stat().st_size/1e6:.2f} MB')
 
 # %% ../nbs/lib/cli.ipynb #399edb67
 @_command()

@@ -7,8 +7,8 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji', 'icon_codes', 'is_test_keyword',
            'emoji_captions', 'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates',
            'split_emoji', 'build_emoji', 'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'decodable',
-           'emoji_svgs', 'draw_large', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
-           'merged_statistics', 'training_statistics', 'prepare', 'PreparedDataset']
+           'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments',
+           'moments', 'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, time, unicodedata, warnings
@@ -24,7 +24,8 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
-from .core import ASSETS, atomic_path, get_device, load_weights, on_white, process_state, save_json, save_weights, square
+from .colours import COLOURS, colour_name, coloured, main_hue, turn_hue
+from .core import ASSETS, atomic_path, from_uint8, get_device, load_weights, on_white, process_state, save_json, save_weights, square, to_uint8
 from .readers import MAX_BYTES, VALIDATION, Sample, Shard, Skipped, find_shards, hash_fraction
 
 # %% ../nbs/01_data.ipynb #f36e6995
@@ -367,6 +368,40 @@ def draw_large(
             save_weights(path, {'images': images}, {'keys': list(rows.key)})
             bar.update(len(rows))
     return Path(out)
+
+# %% ../nbs/01_data.ipynb #c5c0866e
+def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
+    "Rows of the emoji shards → up to seven rows for each picture of one colour: the picture with its hue turned, and captions that name the `colour`."
+    from tqdm.auto import tqdm
+    rows = []
+    for first in tqdm(range(0, len(table), 500), desc='recolouring', unit_scale=500, unit=' pictures', disable=not progress):
+        part = table[first:first + 500]
+        pictures = from_uint8(np.stack([decode_image(i) for i in part['image']]))
+        hues = main_hue(pictures)
+        for colour, (low, high) in COLOURS.items():
+            chosen = [i for i, (hue, name, tone) in enumerate(zip(hues.tolist(), part['name'], part.tone)) if hue == hue and not tone and coloured(name, colour)]
+            if not chosen: continue
+            share = torch.tensor([0.2 + 0.6*hash_fraction(f'{colour}/{key}') for key in part.key.iloc[chosen]])  # of the way from the one end of the colour to the other
+            turned = turn_hue(pictures[chosen], torch.deg2rad(low + share*(high - low) - hues[chosen]))
+            for i, image, hue in zip(chosen, to_uint8(turned), main_hue(turned).tolist()):
+                if hue != hue or colour_name(hue) != colour: continue  # the cube of colours has no such red, or it is too dark
+                row = part.iloc[i]
+                keywords = [coloured(k, colour) for k in row.keywords if not is_test_keyword(row.concept, k)]
+                captions = emoji_captions(coloured(row['name'], colour), row['style'], row.concept, [k for k in keywords if k])
+                rows.append({**row, 'key': f'{row.key}/{colour}', 'image': webp(Image.fromarray(image)), 'name': coloured(row['name'], colour), 'colour': colour,
+                             'captions': captions, 'caption': captions[0]})
+    return pd.DataFrame(rows, columns=[*table.columns, 'colour'])
+
+
+def recoloured_emoji(
+    out: 'str | Path' = 'cache/emoji_recoloured',  # gets Parquet shards that `load_emoji` and `prepare` read
+) -> Path:
+    "The recoloured rows of all shipped emoji, made the first time that they are asked for."
+    out = Path(out)
+    if not (out/'complete').exists():
+        write_shards(recoloured(decodable(load_emoji()), progress=True), out)
+        with atomic_path(out/'complete') as done: done.touch()
+    return out
 
 # %% ../nbs/01_data.ipynb #e610041f
 class Standardizer:

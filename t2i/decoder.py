@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .colours import turn_hue
 from .core import autocast, from_uint8, load_preset, make_generators, randn
 from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
@@ -137,12 +138,9 @@ def augmented(
     cos, sin, width, height = angle.cos(), angle.sin(), (size + squeeze).exp(), (size - squeeze).exp()
     side = 1 - 2*mirrored
     rows = [torch.stack([side*cos*width, -sin*width, 2*left], 1), torch.stack([side*sin*height, cos*height, 2*up], 1)]
-    eye = torch.eye(3, device=x.device)
-    grey, around = torch.full_like(eye, 1/3), (eye.roll(1, 0) - eye.roll(-1, 0))/3**0.5
-    turn = grey + hue.cos()[:, None, None]*(eye - grey) + hue.sin()[:, None, None]*around  # of colours around the axis of greys
     with torch.autocast(x.device.type, enabled=False):  # rounded places would be others
         moved = 1 - F.grid_sample(1 - x, F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False), mode='bicubic', padding_mode='zeros', align_corners=False)
-        return torch.einsum('nij,njhw->nihw', turn, moved).clamp(-1, 1)
+    return turn_hue(moved, hue)
 
 
 def augmentation_numbers(

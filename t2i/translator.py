@@ -101,8 +101,11 @@ class TranslatorTask(Task):
         self,
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote
+        recoloured=None,  # such a folder of recoloured pictures, of which training takes the preset's share of its pairs
     ):
         self.preset, prepared = load_preset(preset), Path(prepared)
+        self.share = self.preset.data.get('recoloured', 0.) if recoloured else 0.
+        self.recoloured = PreparedDataset(Path(recoloured)/'train', captions=True) if self.share else None
         self.data, self.held_out = (PreparedDataset(prepared/split, captions=True) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
@@ -115,8 +118,11 @@ class TranslatorTask(Task):
         return self.statistics.text.standardize(text), self.statistics.image.standardize(data.image_embeddings(indices))
 
     def batch(self, indices, generators):
-        captions = self.data.captions_per_image
-        return self.pairs(self.data, indices, torch.cat([torch.randint(captions, (1,), generator=g) for g in generators]))
+        n = round(self.share*len(indices))
+        def draw(data, indices, generators): return self.pairs(data, indices, torch.cat([torch.randint(data.captions_per_image, (1,), generator=g) for g in generators]))
+        if not n: return draw(self.data, indices, generators)
+        chosen = torch.cat([torch.randint(len(self.recoloured), (1,), generator=g) for g in generators[:n]])
+        return tuple(torch.cat(both) for both in zip(draw(self.recoloured, chosen, generators[:n]), draw(self.data, indices[n:], generators[n:])))
 
     def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}
 

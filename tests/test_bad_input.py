@@ -225,7 +225,7 @@ def test_kind_of_picture_file(tmp_path):
 
 
 def test_stage(tmp_path):
-    says(shell('train', 'decode', '--preset', 'smoke', '--out', tmp_path), 'decode', 'clip, translator, decoder, classifier')
+    says(shell('train', 'decode', '--preset', 'smoke', '--out', tmp_path), 'decode', 'clip, text, translator, decoder, classifier')
     says(shell('train', 'clip', '--preset', 'smoke5', '--out', tmp_path), 'smoke5')
 
 
