@@ -297,8 +297,11 @@ class ClipTask(Task):
             from t2i.metrics import efficientnet_lite0
             trunk = self.model.visual.trunk
             trunk.load_state_dict({k: v for k, v in efficientnet_lite0().state_dict().items() if k in trunk.state_dict()})
+
+    @cached_property
+    def contrast(self):
         from open_clip.loss import ClipLoss
-        self.contrast = ClipLoss()
+        return ClipLoss()
 
     def __len__(self): return len(self.pairs.images)
 
@@ -342,8 +345,6 @@ class TextTask(ClipTask):
         self.recoloured = _Pairs(load_emoji('train', folder=folder), clip.tokenize, canonical) if self.share else None
         self.shades = recoloured(self.validation)
         self.model.visual.requires_grad_(False)
-        from open_clip.loss import ClipLoss
-        self.contrast = ClipLoss()
 
     def batch(self, indices, generators):
         n = round(self.share*len(indices))
