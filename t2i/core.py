@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test', 'Preset',
            'preset_names', 'load_preset', 'get_device', 'uses_bfloat16', 'process_state', 'autocast',
-           'keep_freed_memory', 'image_seeds', 'make_generators', 'randn', 'on_white', 'square', 'from_uint8',
+           'keep_freed_memory', 'seeded', 'image_seeds', 'make_generators', 'randn', 'on_white', 'square', 'from_uint8',
            'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights', 'load_into',
            'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
-import atexit, contextlib, ctypes, difflib, io, json, numbers, os, pickle, re, sys, tempfile, warnings, zipfile
+import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,12 +147,18 @@ def keep_freed_memory():
 keep_freed_memory()
 
 # %% ../nbs/00_core.ipynb #1da8ea31
+def seeded(seed: int) -> torch.Generator:
+    "A generator on the CPU that starts from `seed`; a `ValueError` if that is no whole number from 0 to 2⁶⁴ − 1."
+    if not hasattr(seed, '__index__') or not 0 <= operator.index(seed) < 2**64: raise ValueError(f"the seed is {seed!r}: it should be a whole number from 0 to 2**64 - 1")
+    return torch.Generator().manual_seed(operator.index(seed))
+
+
 def image_seeds(
     generator: 'int | torch.Generator | None',  # a seed, a source of seeds, or None
     n: int,  # number of images
 ) -> list:
     "A seed for each of n images; the first ones are the same whatever `n` is."
-    if isinstance(generator, numbers.Integral): generator = torch.Generator().manual_seed(int(generator))
+    if generator is not None and not isinstance(generator, torch.Generator): generator = seeded(generator)
     return [int(torch.randint(2**62, (), generator=generator)) for _ in range(n)]
 
 
@@ -163,8 +169,8 @@ def make_generators(
     "One CPU generator per image. From one seed, image `i` gets the same noise whatever `n` is."
     if isinstance(generator, (list, tuple, range, np.ndarray)):
         if len(generator) != n: raise ValueError(f"{len(generator)} generators were given for {n} images: give one for each, or a single seed")
-        return [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g)) for g in generator]
-    return [torch.Generator().manual_seed(s) for s in image_seeds(generator, n)]
+        return [g if isinstance(g, torch.Generator) else seeded(g) for g in generator]
+    return [seeded(s) for s in image_seeds(generator, n)]
 
 
 def randn(
