@@ -7,7 +7,7 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'g
            'train_stage', 'train', 'pack', 'convert', 'figures', 'build_emoji_command']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import functools, math, os
+import functools, math, os, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -28,16 +28,25 @@ def _say(sentence: str):
 
 
 def _command(name=None):
-    "A command of `t2i`, which ends with one sentence and exit code 1 if it cannot do what it was asked for."
+    "A command of `t2i`, which ends with one sentence and exit code 1 if it cannot do what it was asked for; warnings of the package are one sentence too."
     def register(command):
         @app.command(name)
         @functools.wraps(command)
         def told(**given):
-            try: command(**given)
+            try:
+                with warnings.catch_warnings():
+                    warnings.showwarning = functools.partial(_note, warnings.showwarning)
+                    command(**given)
             except (typer.Exit, typer.Abort, BrokenPipeError): raise
             except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as e: _say(_sentence(e, given.get('out') or given.get('target')))
         return command
     return register
+
+
+def _note(otherwise, message, category, filename, *more):
+    "Show a warning: those of the package as a sentence on the error output, others as they were."
+    if Path(filename).parent == PACKAGE: typer.echo(message, err=True)
+    else: otherwise(message, category, filename, *more)
 
 
 def _sentence(e: Exception, out) -> str:

@@ -7,7 +7,7 @@ __all__ = ['Vocabulary', 'CLIP', 'check_captions', 'recall', 'clip_recall', 'aug
            'neighbour_recall', 'paraphrase_recall']
 
 # %% ../nbs/lib/clip.ipynb #0c891994
-import difflib, os, warnings
+import difflib, os, re, warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +56,10 @@ class Vocabulary:
             ids = [self.start, *(self.ids.get(p, self.unknown) for p in pieces[:room]), self.end]
             row[:len(ids)] = torch.tensor(ids)
         return out
+
+    def unknown_words(self, caption: str) -> list:
+        "The words of a caption of which a piece is the unknown one."
+        return [w for w in re.findall(r"\w[\w'’-]*", caption) if any(p not in self.ids for p in self.tokenizer.encode(w))]
 
 # %% ../nbs/lib/clip.ipynb #5c03a965
 def _keep_stages(visual: nn.Module, stages: int, embedding_size: int):
@@ -220,6 +224,11 @@ class CLIP:
             with autocast(self.device): out.append(self.encode_pixels(from_uint8(part).to(self.device)).float().cpu())
         out = torch.cat(out)
         return F.normalize(out, dim=-1) if normalize else out
+
+    def unknown_words(self, captions: list) -> list:
+        "The words that no caption of the training had, each once. OpenAI's models spell what they do not know: for them there are none."
+        if not isinstance(self.tokenize, Vocabulary): return []
+        return list(dict.fromkeys(w for c in check_captions(captions) for w in self.tokenize.unknown_words(c)))
 
     @torch.no_grad()
     def encode_captions(self, captions: list, normalize: bool = False, batch_size: int = 256) -> torch.Tensor:

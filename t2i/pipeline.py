@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'enough_memory', 'TextToImage', 'upsample', 'process_share', 'draw_to_folder']
 
 # %% ../nbs/lib/pipeline.ipynb #015ee548
-import contextlib, hashlib, json, math, os
+import contextlib, hashlib, json, math, os, warnings
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -158,7 +158,10 @@ class TextToImage:
         captions: list,
         translate: bool = True,  # False: the text embedding as it is, the thesis's variant without a translator
     ) -> torch.Tensor:
-        "Standardised embeddings [N, E]: of the picture that the translator expects for each caption."
+        "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read."
+        if unknown := self.clip.unknown_words(captions):
+            more = f' and {len(unknown) - 10:,} more' if len(unknown) > 10 else ''
+            warnings.warn(f"CLIP has never read these words and leaves them out: {', '.join(unknown[:10])}{more}")
         y = self.statistics.text.standardize(self.clip.encode_captions(captions)).to(self.device)
         return self.translator(y) if translate else y
 
