@@ -196,9 +196,10 @@ def sample(
 
 # %% ../nbs/lib/cli.ipynb #83aa440b
 def _tell(report, folder):
-    "What came of the pictures, in one line."
+    "What came of the pictures, and of the words of their captions, in a line each."
     lost = ', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())
     typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {report['samples'] - report['prepared']:,} pictures were skipped ({lost}), see {folder/'report.json'}" if lost else ''))
+    if unknown := report['unknown_words']: typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often {', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
 
 
 @_command('prepare')

@@ -12,7 +12,7 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, time, unicodedata, warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -502,7 +502,7 @@ class _Batches:
     "Collects the pictures of one raw shard, encodes them in batches, and writes what came out of it."
     def __init__(self, clip, shard, out, settings, batch_size):
         self.clip, self.shard, self.out, self.settings, self.batch_size = clip, shard, out, settings, batch_size
-        self.waiting, self.rows, self.skipped, self.lost, self.samples, self.dropped = [], {}, {}, {}, 0, 0
+        self.waiting, self.rows, self.skipped, self.lost, self.samples, self.dropped, self.unknown = [], {}, {}, {}, 0, 0, Counter()
 
     def add(self, result):
         if isinstance(result, Skipped): return self.skip(result)
@@ -519,7 +519,9 @@ class _Batches:
         samples, pixels, views = zip(*self.waiting)
         images = self.clip.encode_images(np.stack(views) if isinstance(views[0], np.ndarray) else list(views)).half().numpy()
         captions, texts = [c for s in samples for c in s.captions], [None]*len(samples)
-        if captions: texts = np.split(self.clip.encode_captions(captions).half().numpy(), np.cumsum([len(s.captions) for s in samples])[:-1])
+        if captions:
+            texts = np.split(self.clip.encode_captions(captions).half().numpy(), np.cumsum([len(s.captions) for s in samples])[:-1])
+            if hasattr(self.clip, 'unknown_words'): self.unknown.update(chain.from_iterable(self.clip.unknown_words([c]) for c in captions))
         for sample, picture, image, text in zip(samples, pixels, images, texts):
             if not (np.isfinite(image).all() and (text is None or np.isfinite(text).all())): self.skip(Skipped(sample.key, 'embedding is not finite'))
             else:
@@ -545,7 +547,7 @@ class _Batches:
             save_weights(path, tensors, {'keys': list(keys)})
             if split == 'train': trained_on = shard_moments(tensors)
         record = {'signature': self.shard.signature, 'settings': self.settings, 'samples': self.samples, 'prepared': sum(map(len, self.rows.values())),
-                  'splits': {s: len(r) for s, r in self.rows.items()}, 'skipped': self.skipped, 'lost': self.lost, 'captions_dropped': self.dropped,
+                  'splits': {s: len(r) for s, r in self.rows.items()}, 'skipped': self.skipped, 'lost': self.lost, 'captions_dropped': self.dropped, 'unknown_words': dict(self.unknown.most_common(1000)),
                   'moments': {kind: n for kind, (n, _, _) in trained_on.items()}}
         tensors = {f'{kind}_{part}': value for kind, (_, *values) in trained_on.items() for part, value in zip(('mean', 'squares'), values)}
         save_weights(self.out/'records'/f'{self.shard.name}.safetensors', tensors, record)
@@ -656,12 +658,14 @@ def _merge(out, shards) -> dict:
     if any(trained_on): merged_statistics(trained_on).save(out/'statistics.safetensors')
     keys = [np.fromiter(map(hash, PreparedDataset(out/s).keys), np.int64) for s in SPLITS if any(s in record['splits'] for _, record in records)]
     repeated = sum(len(k) - len(np.unique(k)) for k in keys)  # the same key is in the same split
-    report = {'samples': 0, 'prepared': 0, 'keys_in_several_shards': repeated, 'captions_dropped': 0, 'splits': {}, 'skipped': {}, 'shards': {}}
+    report, unknown = {'samples': 0, 'prepared': 0, 'keys_in_several_shards': repeated, 'captions_dropped': 0, 'splits': {}, 'skipped': {}, 'shards': {}}, Counter()
     for shard, (_, record) in zip(shards, records):
         for k in ('samples', 'prepared', 'captions_dropped'): report[k] += record[k]
         for k, n in record['splits'].items(): report['splits'][k] = report['splits'].get(k, 0) + n
+        unknown.update(record.get('unknown_words', {}))
         for k, keys in record['skipped'].items(): report['skipped'][k] = report['skipped'].get(k, 0) + record['lost'][k]
         report['shards'][shard.name] = {k: record[k] for k in ('samples', 'prepared', 'skipped')}
+    report['unknown_words'] = dict(unknown.most_common())  # in how many captions
     save_json(out/'report.json', report)
     return report
 

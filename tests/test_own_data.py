@@ -1,4 +1,5 @@
 "A user's own pictures: from a folder to a pipeline, in one process and in two."
+import json
 import shutil
 
 import pytest
@@ -48,6 +49,8 @@ def test_pictures_that_are_skipped_are_told(pictures, tmp_path):
     (tmp_path/'pictures/3.jpg').write_bytes(b'not a picture')
     done = run('--data', tmp_path/'pictures', '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu')
     assert done.exit_code == 0 and '39 of 40 pictures are prepared; 1 pictures were skipped (1 × undecodable image)' in done.output, done.output
+    unknown = json.loads((tmp_path/'run/prepared/report.json').read_text())['unknown_words']
+    assert unknown['number'] == 39 and f'never read {len(unknown)} of' in done.output, done.output
 
 
 def test_two_processes_prepare_and_train(pictures, tmp_path):
