@@ -93,7 +93,7 @@ def _check_preset(path, read):
             for *inner, v in [(key, value), *((key, k, v) for k, v in (value.items() if isinstance(value, dict) else ()))]:
                 wanted = kinds(section, *inner)
                 if wanted and _kind(v) not in wanted: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it should be {' or '.join(sorted(wanted))}")
-                if inner[-1] in SHARES and not 0 <= v <= 1: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it is a share, from 0 to 1")
+                if inner[-1] in SHARES and not (isinstance(v, (int, float)) and 0 <= v <= 1): raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it is a share, from 0 to 1")
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
@@ -149,8 +149,10 @@ keep_freed_memory()
 # %% ../nbs/00_core.ipynb #1da8ea31
 def seeded(seed: int) -> torch.Generator:
     "A generator on the CPU that starts from `seed`; a `ValueError` if that is no whole number from 0 to 2⁶⁴ − 1."
-    if not hasattr(seed, '__index__') or not 0 <= operator.index(seed) < 2**64: raise ValueError(f"the seed is {seed!r}: it should be a whole number from 0 to 2**64 - 1")
-    return torch.Generator().manual_seed(operator.index(seed))
+    try: number = operator.index(seed)
+    except TypeError: number = -1
+    if not 0 <= number < 2**64: raise ValueError(f"the seed is {seed!r}: it should be a whole number from 0 to 2**64 - 1")
+    return torch.Generator().manual_seed(number)
 
 
 def image_seeds(

@@ -570,7 +570,7 @@ def _record(out, shard) -> 'tuple | None':
 
 # %% ../nbs/01_data.ipynb #9bdd29cc
 def prepare(
-    clip,  # has encode_images and encode_captions; with an image_size, it is given pictures of that size
+    clip,  # has encode_images and encode_captions; with an image_size, it is given pictures of that size, with unknown_words, the report counts those
     sources: 'str | Path | list',  # one or more folders of raw data
     out: 'str | Path',  # gets a folder of shards for each split, records, statistics.safetensors and report.json
     image_size: int = 64,  # pixels of the decoder
@@ -665,7 +665,7 @@ def _merge(out, shards) -> dict:
         unknown.update(record.get('unknown_words', {}))
         for k, keys in record['skipped'].items(): report['skipped'][k] = report['skipped'].get(k, 0) + record['lost'][k]
         report['shards'][shard.name] = {k: record[k] for k in ('samples', 'prepared', 'skipped')}
-    report['unknown_words'] = dict(unknown.most_common())  # in how many captions
+    report['unknown_words'] = dict(unknown.most_common())  # in how many captions; the thousand most frequent of each shard
     save_json(out/'report.json', report)
     return report
 
