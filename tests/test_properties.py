@@ -138,6 +138,19 @@ def test_bfloat16_draws_nearly_the_same(pipe, monkeypatch):
     assert 0 < (rounded - exact).abs().mean() < (other - exact).abs().mean()/5
 
 
+@pytest.mark.parametrize('capabilities, bfloat16', [
+    (dict(cpu_name='Intel Xeon', avx512_bf16=True, amx_bf16=True), True),
+    (dict(cpu_name='Intel Xeon', avx512_bf16=True, amx_bf16=False), False),  # a virtual machine without AMX: its one instruction has half of float32's rate
+    (dict(cpu_name='AMD EPYC', avx512_bf16=True, amx_bf16=False), True),
+    (dict(cpu_name='AMD EPYC', avx512_bf16=False), False),
+    (dict(architecture='aarch64', bf16=True), False), ({}, False)])
+def test_a_processor_multiplies_in_what_it_is_faster_at(monkeypatch, capabilities, bfloat16):
+    from t2i.core import uses_bfloat16
+    monkeypatch.delenv('T2I_PRECISION')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
+    assert uses_bfloat16('cpu') is bfloat16
+
+
 def test_unknown_precision(pipe, monkeypatch):
     monkeypatch.setenv('T2I_PRECISION', 'half')
     with pytest.raises(ValueError, match="T2I_PRECISION is 'half': set it to 'float32' or 'bfloat16'"): pipe('a red apple')
