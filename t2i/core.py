@@ -90,6 +90,10 @@ def _check_preset(path, read):
         known = set().union(*(p.get(s, ()) for p in ours for s in (NETWORKS if section in NETWORKS else [section]))) | MORE_KEYS.get(section, set())
         for key, value in values.items():
             if key not in known: refuse(f'in [{section}] the key', key, known)
+            if isinstance(value, dict) and section not in ('clip', 'train'):  # open_clip knows its own keys, `make_config` those of a training
+                inside = set().union(*(p.get(section, {}).get(key, ()) for p in ours), *(p['diffusion'] for p in ours if key in ('diffusion', 'finish')), MORE_KEYS['diffusion'])
+                for inner in value:
+                    if inner not in inside: refuse(f'in [{section}.{key}] the key', inner, inside)
             for *inner, v in [(key, value), *((key, k, v) for k, v in (value.items() if isinstance(value, dict) else ()))]:
                 wanted = kinds(section, *inner)
                 if wanted and _kind(v) not in wanted: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it should be {' or '.join(sorted(wanted))}")
@@ -146,7 +150,7 @@ def keep_freed_memory():
     "Let this process keep freed memory for its next tensor. Only glibc has the switch; elsewhere nothing happens."
     if not sys.platform.startswith('linux'): return
     mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), 'mallopt', None), -1, -3  # names of malloc.h
-    if mallopt and mallopt(mmap_threshold, 2**28): mallopt(trim_threshold, 2**31 - 1)
+    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)): mallopt(trim_threshold, 2**31 - 1)  # an older one takes half of that half again: 32 MB at most
 
 keep_freed_memory()
 
@@ -244,7 +248,7 @@ def atomic_path(path: 'str | Path'):
     tmp = Path(tmp)
     try:
         yield tmp
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        with open(tmp, 'r+b') as f: os.fsync(f.fileno())  # Windows syncs only what may be written
         umask = os.umask(0); os.umask(umask)
         os.chmod(tmp, 0o666 & ~umask)
         os.replace(tmp, path)
@@ -254,7 +258,7 @@ def atomic_path(path: 'str | Path'):
 
 def save_json(path, value) -> Path:
     "Write `value` as JSON, atomically."
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n')
+    with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return Path(path)
 
 
@@ -315,9 +319,15 @@ def _is_torchscript(path) -> bool:
     with zipfile.ZipFile(path) as archive: return any(name.endswith('/constants.pkl') for name in archive.namelist())
 
 
+def _runs_when_loaded(path) -> bool:
+    "Whether a TorchScript archive brings a method `__setstate__`: the only code of such a file that is run before somebody calls it."
+    with zipfile.ZipFile(path) as archive: return any(b'__setstate__' in archive.read(part) for part in archive.infolist() if '/code/' in part.filename)
+
+
 def _read_torch(path):
     "A state dict; that of a TorchScript archive; or the one in a training checkpoint's 'state_dict'."
     if _is_torchscript(path):
+        if _runs_when_loaded(path): raise _Refused(f"{path} was not read: it is a TorchScript archive with code that runs as soon as it is loaded; get it from its authors again, or save the model's state_dict() where you trust it")
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)  # TorchScript is on its way out; the files remain
             return dict(torch.jit.load(path, map_location='cpu').state_dict()), {'torchscript': True}
