@@ -7,7 +7,7 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'g
            'train_stage', 'train', 'pack', 'convert', 'figures', 'build_emoji_command']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import functools, math, os, warnings
+import functools, math, os, shutil, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -223,15 +223,38 @@ def prepare_command(
 # %% ../nbs/lib/cli.ipynb #df28ba45
 def _prepare(preset, runs: Path, device=None):
     "The prepared shards of a run, made with its CLIP if they are missing."
-    from t2i.data import SHARDS, prepare
-    folder = runs/'prepared'
-    if not (folder/'statistics.safetensors').exists(): _tell(prepare(_clip(preset, runs, device), SHARDS, folder, preset.data.image_size), folder)
+    from t2i.data import SHARDS
+    return _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
+
+
+def _prepared_from(source, folder: Path, preset, runs: Path, device):
+    "The folder with the pictures of `source()`, prepared if it is missing, and again if the run's CLIP has been trained on since."
+    from t2i.data import check_encoder, prepare
+    state, done = process_state(get_device(device)), folder/'statistics.safetensors'
+    if done.exists() and _clip_weights(runs):
+        try: check_encoder(_clip(preset, runs, device), folder)
+        except ValueError:
+            state.wait_for_everyone()  # until all have seen it
+            if state.is_main_process:
+                typer.echo(f"{folder} is of the run's CLIP as it was before, and is prepared again", err=True)
+                shutil.rmtree(folder)
+            state.wait_for_everyone()
+    if not done.exists(): _tell(prepare(_clip(preset, runs, device), source(), folder, preset.data.image_size), folder)
     return folder
 
 
 def _clip_weights(runs: Path) -> 'Path | None':
     "The last CLIP that a run has trained: the text stage goes on from that of the stage `clip`."
     return next((path for stage in ('text', 'clip') if (path := runs/stage/'weights.safetensors').exists()), None)
+
+
+def _check_text_run(runs: Path):
+    "A text encoder that has learned against one image encoder cannot go on against another."
+    text, clip = (runs/stage/'weights.safetensors' for stage in ('text', 'clip'))
+    if not (text.exists() and clip.exists()): return
+    (ours, _), (now, _) = load_weights(text), load_weights(clip)
+    if not all(torch.allclose(ours[k].float(), now[k].float(), 1e-3, 1e-4) for k in ours if k.startswith('visual.')):
+        raise ValueError(f"{clip.parent} was trained on after {text.parent} had learned against it: delete {text.parent}, and it learns against the new one")
 
 
 def _clip(preset, runs: Path, device=None):
@@ -243,11 +266,8 @@ def _clip(preset, runs: Path, device=None):
 
 def _recoloured(preset, runs: Path, device=None) -> 'Path | None':
     "The recoloured emoji, prepared, if the preset has a use for them."
-    from t2i.data import prepare, recoloured_emoji
-    if not preset.data.get('recoloured'): return
-    folder = runs/'recoloured'
-    if not (folder/'statistics.safetensors').exists(): _tell(prepare(_clip(preset, runs, device), recoloured_emoji(), folder, preset.data.image_size), folder)
-    return folder
+    from t2i.data import recoloured_emoji
+    if preset.data.get('recoloured'): return _prepared_from(recoloured_emoji, runs/'recoloured', preset, runs, device)
 
 
 def _trained(name, make, preset, runs: Path, device='cpu'):
@@ -278,6 +298,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     elif stage == 'text':
         from t2i.clip import TextTask
         from t2i.data import recoloured_emoji
+        _check_text_run(runs)
         task = TextTask(_clip(preset, runs, 'cpu'), preset, recoloured_emoji() if preset.data.get('recoloured') else None)
     elif stage == 'classifier':
         from t2i.classifier import ClassifierTask
@@ -322,6 +343,7 @@ def train(
         from t2i.own_data import train_on
         return typer.echo(train_on(data, out, settings, *([hours] if hours else []), scratch=scratch, seed=seed, device=device, on_prepared=lambda report: _tell(report, out/'prepared')))
     if scratch: raise ValueError("--scratch is for your own pictures: without --data, training starts from random weights unless you give --initial")
+    if prepared and stage == 'all' and 'clip' in settings.get('train', {}): raise ValueError(f"{prepared} holds embeddings of a CLIP that is there already, and 'all' would train another one first: name the stage, such as translator or decoder")
     wanted = {s: share for s, share in STAGES.items() if stage == s or stage == 'all' and s in settings.get('train', {})}
     for each, share in wanted.items():
         budget = hours and hours*share/sum(wanted.values())

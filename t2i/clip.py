@@ -186,10 +186,10 @@ class CLIP:
             torch.manual_seed(0)
             return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'], preset.clip.context_length).pieces, device)
 
-    def save(self, path) -> Path:
-        "Write the weights, and for a small CLIP its vocabulary, to a safetensors file that `from_preset` reads."
+    def save(self, path, dtype=None) -> Path:
+        "Write the weights, as `dtype` if one is given, and for a small CLIP its vocabulary, to a safetensors file that `from_preset` reads."
         metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {}
-        return save_weights(path, self.model.state_dict(), metadata)
+        return save_weights(path, self.model.state_dict(), metadata, dtype)
 
     # -- encoding -----------------------------------------------------------------------------------------------
     @cached_property

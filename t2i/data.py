@@ -8,10 +8,11 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'emoji_captions', 'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates',
            'split_emoji', 'build_emoji', 'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'decodable',
            'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments',
-           'moments', 'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'PreparedDataset']
+           'moments', 'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'check_encoder',
+           'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
-import io, json, os, re, shutil, subprocess, tarfile, time, unicodedata, warnings
+import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,18 +52,17 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
     "The folder of an npm package, downloaded into `cache` by the `npm` command the first time."
     folder = Path(cache)/f"{package.split('/')[-1]}-{version}"
     if folder.is_dir(): return folder
+    npm = shutil.which('npm')
+    if not npm: raise RuntimeError("building the emoji shards needs the `npm` command: install Node.js, or use the shards that ship with t2i")
     Path(cache).mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(['npm', 'pack', '--silent', f'{package}@{version}'], cwd=cache, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise RuntimeError("building the emoji shards needs the `npm` command: install Node.js, or use the shards that ship with t2i") from None
-    if done.returncode:
-        raise RuntimeError(f"npm could not download {package}@{version} ({done.stderr.strip().splitlines()[-1:] or 'no answer'}): check the network, or use the shards that ship with t2i")
-    archive = Path(cache)/done.stdout.strip().splitlines()[-1]
-    partial = folder.with_suffix('.partial')
-    with tarfile.open(archive) as tar: tar.extractall(partial, filter='data')
-    (partial/'package').rename(folder)
-    partial.rmdir(); archive.unlink()
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f'.{folder.name}.') as own:  # several processes may be here at once
+        done = subprocess.run([npm, 'pack', '--silent', f'{package}@{version}'], cwd=own, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"npm could not download {package}@{version} ({done.stderr.strip().splitlines()[-1:] or 'no answer'}): check the network, or use the shards that ship with t2i")
+        with tarfile.open(Path(own)/done.stdout.strip().splitlines()[-1]) as tar: tar.extractall(own, filter='data')
+        try: (Path(own)/'package').rename(folder)
+        except OSError:
+            if not folder.is_dir(): raise
     return folder
 
 # %% ../nbs/01_data.ipynb #6a5f3afb
@@ -79,11 +79,11 @@ def slug(name: str) -> str:
 
 def unicode_emoji(folder: Path) -> pd.DataFrame:
     "Every emoji of the standard, indexed by plain code: name, concept (the name without skin tone), tone, keywords, group, subgroup."
-    messages = json.loads((folder/'en/messages.json').read_text())
+    messages = json.loads((folder/'en/messages.json').read_text(encoding='utf-8'))
     groups = {g['order']: g['key'] for g in messages['groups']}
     subgroups = {g['order']: g['key'] for g in messages['subgroups']}
     rows = {}
-    for base in json.loads((folder/'en/data.json').read_text()):
+    for base in json.loads((folder/'en/data.json').read_text(encoding='utf-8')):
         for e in [base, *base.get('skins', [])]:
             code = plain_code(e['hexcode'])
             rows[code] = dict(
@@ -104,9 +104,9 @@ def icon_codes(folders: dict, names: pd.DataFrame) -> dict:
     for code, row in names.iterrows(): learn(slug(row['name']), code)
     for folder in folders.values():
         if (folder/'chars.json').exists():
-            for code, name in json.loads((folder/'chars.json').read_text()).items(): learn(name, plain_code(code))
+            for code, name in json.loads((folder/'chars.json').read_text(encoding='utf-8')).items(): learn(name, plain_code(code))
     for folder in folders.values():
-        for alias, target in json.loads((folder/'icons.json').read_text()).get('aliases', {}).items():
+        for alias, target in json.loads((folder/'icons.json').read_text(encoding='utf-8')).get('aliases', {}).items():
             if target['parent'] in codes and set(target) == {'parent'}: learn(alias, codes[target['parent']])
     for code in names.index:
         if '-' not in code:
@@ -237,7 +237,7 @@ def build_emoji(
     rows, svgs = [], []
     for package, (style, version) in EMOJI_SETS.items():
         folder = folders[package]
-        document, info = (json.loads((folder/f'{f}.json').read_text()) for f in ('icons', 'info'))
+        document, info = (json.loads((folder/f'{f}.json').read_text(encoding='utf-8')) for f in ('icons', 'info'))
         for icon_name, icon in list(document['icons'].items())[:limit]:
             code = codes.get(icon_name) or codes.get(re.sub(r'-\d$', '', icon_name)) or codes.get(icon_name.replace('-', ''))
             if not code: continue
@@ -339,11 +339,19 @@ def emoji_svgs(
     documents = {}
     for source in table.source.unique():
         package, version = source.removeprefix('npm:').rsplit('@', 1)
-        documents[source] = json.loads((fetch_npm(package, version, cache)/'icons.json').read_text())
+        documents[source] = json.loads((fetch_npm(package, version, cache)/'icons.json').read_text(encoding='utf-8'))
     return [icon_svg(documents[source]['icons'][key.split('/', 1)[1]], documents[source]) for key, source in zip(table.key, table.source)]
 
 
 def _pixels(svg, size): return np.asarray(rasterise(svg, size))
+
+
+def _holds(path, keys: list, size: int) -> bool:
+    "Whether a drawn shard is there, with these pictures, of this size."
+    from safetensors import SafetensorError, safe_open
+    try: file = safe_open(path, 'pt')
+    except (OSError, SafetensorError): return False
+    return json.loads(file.metadata()['t2i'])['keys'] == keys and file.get_slice('images').get_shape()[1] == size
 
 
 def draw_large(
@@ -359,7 +367,7 @@ def draw_large(
     tables = {split: load_emoji(split, ['key', 'source'])[:limit] for split in ('train', 'validation', 'test')}
     todo = [(Path(out)/split/f'{i:05}.safetensors', table[first:first + rows_per_shard])
             for split, table in tables.items() for i, first in enumerate(range(0, len(table), rows_per_shard))]
-    todo = [(path, rows) for path, rows in todo if not path.exists()]
+    todo = [(path, rows) for path, rows in todo if not _holds(path, list(rows.key), size)]
     if not todo: return Path(out)
     svgs = iter(emoji_svgs(pd.concat([rows for _, rows in todo]), cache))
     with ProcessPoolExecutor() as pool, tqdm(total=sum(len(rows) for _, rows in todo), desc='drawing', disable=not progress) as bar:
@@ -586,8 +594,8 @@ def prepare(
     from tqdm.auto import tqdm
     state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
-    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip.encode_captions(['a picture'])[0].tolist()}
-    _check_out(out, shards, settings)
+    settings = {'image_size': image_size, 'clip': _clip_name(clip), 'class_captions': class_captions, 'probe': _probe(clip)}
+    _check_out(out, shards, settings, clip)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
     mine = tuple(f'.{s.name}.safetensors.' for s in todo) + ('.statistics.safetensors.', '.report.json.')*state.is_main_process
     for path in chain(out.glob('*/.*'), out.glob('.*')):  # what a kill left behind
@@ -626,7 +634,7 @@ def _named(sources, class_captions) -> list:
     return shards
 
 
-def _check_out(out, shards, settings):
+def _check_out(out, shards, settings, clip):
     "A prepared folder is made from one set of sources, with one setting."
     names = {s.name for s in shards}
     for path in chain(*((out/s).glob('*.safetensors') for s in SPLITS)):
@@ -637,11 +645,31 @@ def _check_out(out, shards, settings):
         if not path.exists(): continue
         try: before = load_weights(path, None)[1]['settings']
         except (ValueError, KeyError): continue
-        (was, words), (now, own) = (({k: v for k, v in s.items() if k != 'probe'}, np.array(s['probe'])) for s in (before, settings))
+        was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        if words.shape != own.shape or np.linalg.norm(words - own) > 0.1*np.linalg.norm(own):  # another device rounds differently, by less
-            raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
+        _check_probe(out, before['probe'], clip)
         break
+
+
+def _clip_name(clip) -> str: return getattr(clip, 'name', type(clip).__name__)
+
+
+def _probe(clip) -> list: return clip.encode_captions(['a picture'])[0].tolist()
+
+
+def _check_probe(folder, before, clip):
+    before, now = np.array(before), np.array(_probe(clip))
+    if before.shape != now.shape or np.linalg.norm(before - now) > 0.1*np.linalg.norm(now):  # another device rounds differently, by less
+        raise ValueError(f"{folder} was prepared with other weights of CLIP {_clip_name(clip)}: prepare into another folder, or delete it")
+
+
+def check_encoder(
+    clip,
+    prepared: 'str | Path',  # a folder of `prepare`
+):
+    "A `ValueError` if what is in the folder was encoded by another CLIP."
+    path = next(iter(sorted((Path(prepared)/'records').glob('*.safetensors'))), None)
+    if path: _check_probe(prepared, load_weights(path, None)[1]['settings']['probe'], clip)
 
 
 def _wait(out, shards, pause: float = 0.2):
@@ -700,6 +728,7 @@ class PreparedDataset:
 
     def _gather(self, name, indices):
         indices = torch.as_tensor(indices)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self): raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} into {len(self)} pictures: use 0 to {len(self) - 1}")
         which = torch.searchsorted(self.ends, indices, right=True)
         if any(name not in self.shards[s] for s in which.unique().tolist()):
             raise ValueError("some of these pictures have no captions: open the shards with PreparedDataset(folder, captions=True)")

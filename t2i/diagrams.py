@@ -288,7 +288,7 @@ def _resblock_steps(block):
     "The main path of a ResBlock, up to its sum with the shortcut."
     norm_in, act_in, conv_in = map(_describe, block.in_layers)
     norm_out, *rest = map(_describe, block.out_layers)
-    condition = [norm_out, _Step('× (1 + γ)\n+ δ', 'condition')] if block.scale_shift else [_Step('+', 'condition'), norm_out]
+    condition = [norm_out, _Step('× (1 + g)\n+ b', 'condition')] if block.scale_shift else [_Step('+', 'condition'), norm_out]
     return [norm_in, act_in, *_resampling(block), conv_in, *condition, *rest]
 
 
@@ -315,7 +315,7 @@ def _draw_conditioning(axis, block, joint, y):
     row = [_Step(f'$e$\n{block.emb_layers[-1].in_features}', 'data'), *map(_describe, block.emb_layers)]
     _row(axis, joint.x - _length(row) - 0.2, y + 0.67, row)
     _arrow(axis, (row[-1].right, y + 0.67), (joint.x, y + 0.67), (joint.x, y + (0.21 if block.scale_shift else 0.1)))
-    if block.scale_shift: axis.text(joint.x + 0.08, y + 0.55, 'a scale γ and a shift δ\nfor each channel', fontsize=FONT, va='center', color=INK)
+    if block.scale_shift: axis.text(joint.x + 0.08, y + 0.55, 'a scale g and a shift b\nfor each channel', fontsize=FONT, va='center', color=INK)
 
 
 def _draw_shortcut(axis, block, x, x_end, y):

@@ -6,6 +6,7 @@
 __all__ = ['GENTLE', 'train_on']
 
 # %% ../nbs/lib/own_data.ipynb #814c64ca
+import copy
 from pathlib import Path
 
 import torch
@@ -48,9 +49,10 @@ def train_on(
     models = {}
     for stage, Stage in (('translator', TranslatorTask), ('decoder', DecoderTask)):
         torch.manual_seed(seed)
-        task, config, initial = Stage(preset, out/'prepared', **({'clip': clip} if stage == 'decoder' else {})), dict(preset.train[stage]), None
+        task, config, initial = Stage(preset, out/'prepared', **({'clip': clip} if stage == 'decoder' else {})), copy.deepcopy(dict(preset.train[stage])), None
         if shipped:
-            config['learning_rate'] *= GENTLE
+            for c in (config, config.get('cpu', {})):
+                if 'learning_rate' in c: c['learning_rate'] *= GENTLE
             initial, _ = load_weights(find_checkpoint(shipped, stage))
         weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9), initial=initial, progress=progress)
         models[stage] = load_into(MODELS[stage](preset), load_weights(weights)[0], weights)

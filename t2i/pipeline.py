@@ -81,7 +81,7 @@ class TextToImage:
             raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, checkpoints=…) or --folder")
         if not (checkpoints or preset.get('weights')): return cls._random(preset, device)
         folder, size = Path(checkpoints or ASSETS/preset.weights), preset.clip.embedding_size
-        paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset}  # what costs little comes first
+        paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
         statistics = load_statistics(folder, size)
         clip = CLIP.from_preset(preset, device, folder)
         check_clip(clip, statistics, folder)
@@ -95,7 +95,7 @@ class TextToImage:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             models = {}
-            for name in [name for name in MODELS if name in preset]:
+            for name in [name for name in MODELS if name in preset or name != 'upsampler']:
                 models[name] = MODELS[name](preset)
                 if name == 'translator': continue
                 for p in models[name].out.parameters(): torch.nn.init.normal_(p, std=0.05)  # zero in a fresh U-Net: every picture would be the same grey
@@ -119,7 +119,7 @@ class TextToImage:
     ) -> Path:
         "Write all models as safetensors, and their sizes as config.json, to a folder for `from_pretrained`."
         folder = Path(folder)
-        self.clip.save(folder/'clip.safetensors')
+        self.clip.save(folder/'clip.safetensors', dtype)
         self.statistics.save(folder/'statistics.safetensors')
         for name in MODELS:
             if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name}, dtype)

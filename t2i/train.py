@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 try: import fcntl
@@ -239,9 +240,11 @@ class _Run:
         from torch.distributed.checkpoint import state_dict
         self.states, self.full = state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # a model in one piece, wherever its pieces are
         self.task, self.out, self.seed, self.hours = task, Path(out), seed, hours
+        self.began_from = self.written_at()
         device = get_device(device)
         self.c, self.gpu = make_config(config, device), device.type == 'cuda'
-        process_state(device)
+        state = process_state(device)
+        if state.device.type != device.type: raise ValueError(f"this Python process works on {state.device.type} already and cannot train on {device.type} too: start a new one (in Jupyter, restart the kernel)")
         self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if uses_bfloat16(device) else 'no')
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
@@ -301,6 +304,8 @@ class _Run:
     @property
     def checkpoint(self): return self.out/'checkpoint.pt'
 
+    def written_at(self) -> 'int | None': return self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else None
+
     def read(self) -> 'dict | None':
         if not self.checkpoint.exists(): return None
         try: return torch.load(self.checkpoint, map_location='cpu', weights_only=True)
@@ -314,7 +319,7 @@ class _Run:
     def write(self):
         "Around what is written to the disk: by the first process, with a sentence if there is no room."
         try: yield
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, SafetensorError) as e:
             last = f"{self.checkpoint} is intact" if self.checkpoint.exists() else "there is no checkpoint yet"
             raise OSError(f"{self.out} could not be written to at step {self.step} ({e}): make room and start again; {last}") from e
 
@@ -323,8 +328,8 @@ class _Run:
         state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
                  'energy': energy, **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
+        if not self.c.keep_best: self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
-        if not self.c.keep_best: self.save_weights(average or state['model'])
 
     def save_weights(self, tensors):
         with self.write(): save_weights(self.out/'weights.safetensors', tensors, {**self.task.metadata(), 'step': self.step, 'examples': self.examples})
@@ -386,7 +391,9 @@ class _Run:
 
     def utilisation(self) -> float:
         "The share of the hardware that is busy: of the GPU as its driver says, of a processor's threads since the last call."
-        if self.accelerator.device.type == 'cuda': return torch.cuda.utilization(self.accelerator.device)/100
+        if self.accelerator.device.type == 'cuda':
+            try: return torch.cuda.utilization(self.accelerator.device)/100
+            except Exception: return math.nan  # the driver does not say: part of a GPU, or a container without its library
         (busy, wall), self.clock = self.clock, (time.process_time(), time.time())
         return (self.clock[0] - busy)/(self.clock[1] - wall)/torch.get_num_threads()
 
@@ -455,6 +462,8 @@ class _Run:
         with open(self.out/'.lock', 'w') as lock:
             try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
             except BlockingIOError: raise ValueError(f"another process trains in {self.out}: wait until it has ended, or name another folder") from None
+            except OSError: pass  # a file system without locks
+            if self.written_at() != self.began_from: raise ValueError(f"another process has just trained in {self.out}: start again, to go on from where it ended")
             yield
 
     def run(self) -> Path:
@@ -466,7 +475,7 @@ class _Run:
         if self.main:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
         rows = Log.read(self.out/'log.csv')
-        lowest = min((float(r['loss']) for r in rows if int(r['step']) <= self.step and r['loss']), default=math.inf)
+        lowest = min((float(r['loss']) for r in rows if int(r['step']) <= self.step and r.get('loss')), default=math.inf)
         log, energy = Log(self.out, self.step) if self.main else None, Energy() if self.accelerator.is_local_main_process else None
         def total_energy():
             used = self.agree(*(energy.read().values() if energy else (0., 0.)), op=dist.ReduceOp.SUM)
@@ -483,8 +492,8 @@ class _Run:
                     self.since += 1
                     self.elapsed, due, self.terminated = self.agree(time.time() - start, time.time() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)
-                    due, row = due or self.finished or self.terminated, {}
-                    if self.step % self.c.log_every == 0 or due:
+                    due, row, validates = due or self.finished or self.terminated, {}, self.step % self.c.validate_every == 0 or self.finished
+                    if self.step % self.c.log_every == 0 or due or validates:
                         numbers = self.means(lowest)  # before anything is saved
                         self.sums = {k: v*self.since for k, v in numbers.items()}  # of all processes alike, as a checkpoint keeps them
                     if self.step % self.c.log_every == 0 or self.finished:
@@ -493,11 +502,11 @@ class _Run:
                         lowest = min(lowest, row['loss'])
                         bar.set_postfix(step=self.step, loss=f"{row['loss']:.4f}", refresh=False)
                         self.sums, self.since, self.logged = {}, 0, self.elapsed
-                    if self.step % self.c.validate_every == 0 or self.finished: row |= self.validate()
+                    if validates: row |= self.validate()
                     if row and self.main:
                         with self.write(): log.write(self.step, **row)
                     if self.step % self.c.sample_every == 0 or self.finished: self.draw()
-                    if due:
+                    if due or self.finished:  # also by what the validation has just said
                         self.save(total_energy())
                         saved = time.time()
             used = total_energy()

@@ -252,6 +252,7 @@ class UNet(nn.Module):
 
 # %% ../nbs/lib/unet.ipynb #9aa97668
 def _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads, seam_unshuffle):
+    if not channel_mult: raise ValueError("channel_mult is empty: give a width for each resolution, such as [1, 2].")
     factor = pixel_unshuffle * 2 ** (len(channel_mult) - 1)
     if image_size % factor:
         raise ValueError(f"image_size={image_size} must be a multiple of {factor}: {len(channel_mult)} resolutions halve it "

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from t2i import data
 from t2i.cli import app
-from t2i.core import load_preset, load_weights, save_weights
+from t2i.core import PRESETS, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.pipeline import TextToImage, draw_to_folder
 
@@ -112,6 +112,14 @@ def test_wrong_preset(tmp_path):
     says(shell('generate', 'a red apple', '--preset', tmp_path/'bad.toml'), 'bad.toml', 'TOML')
 
 
+@pytest.mark.parametrize('start, word', [('[decoder]', 'decoder'), ('[translator]', 'translator'), ('[clip]', 'clip'), ('\nsteps = 3', 'steps')])
+def test_a_preset_that_lacks_something(tmp_path, start, word):
+    mine, whole = tmp_path/'mine.toml', (PRESETS/'smoke.toml').read_text()
+    before, after = whole.rsplit(start, 1)
+    mine.write_text(before + (after[after.index('\n['):] if start[0] == '[' else after))
+    says(shell('generate', 'a red apple', '--preset', mine, '--out', tmp_path/'x.png'), f"has no '{word}'", 'add it')
+
+
 @pytest.mark.parametrize('name', ['clip', 'statistics', 'translator', 'decoder'])
 def test_missing_weights(broken, generate, name):
     path = broken/f'{name}.safetensors'
@@ -183,6 +191,28 @@ def test_training_starts_from_weights_that_it_is_given(shards, tmp_path, monkeyp
     assert 0 < distance['given'] < 0.3*distance['other random']
     says(train('none', '--initial', tmp_path/'nowhere'), 'there is no folder', 'nowhere')
     says(train('none', '--initial', shards[0]), 'has no translator.safetensors')
+
+
+def test_a_clip_that_learned_on_leaves_nothing_of_the_one_before(shards, tmp_path, monkeypatch):
+    "Embeddings are made again; a text encoder that learned against it is not trained on."
+    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    mine = tmp_path/'mine.toml'
+    def train(stage, steps):
+        mine.write_text(re.sub(r'(?m)^steps = .*', f'steps = {steps}', (PRESETS/'smoke.toml').read_text().replace('learning_rate = 1e-3', 'learning_rate = 1e-2')))
+        return shell('train', stage, '--preset', mine, '--out', tmp_path/'run')
+    probe = lambda: np.array(load_weights(tmp_path/'run/prepared/records/shards-00000.safetensors', None)[1]['settings']['probe'])
+    for stage in ('clip', 'text', 'translator'): assert train(stage, 5).exit_code == 0, stage
+    before = probe()
+    assert 'prepared again' not in train('translator', 6).output and np.array_equal(probe(), before)
+    assert train('text', 40).exit_code == 0
+    done = train('translator', 8)
+    assert done.exit_code == 0 and 'run/prepared is of the run\'s CLIP as it was before, and is prepared again' in done.output, done.output
+    assert np.linalg.norm(probe() - before) > 0.1*np.linalg.norm(before)
+    assert train('clip', 40).exit_code == 0
+    says(train('text', 60), 'run/clip was trained on after', 'delete')
+
+
+def test_embeddings_of_another_clip(tmp_path, no_models): says(shell('train', '--preset', 'smoke', '--prepared', tmp_path, '--out', tmp_path/'run'), 'name the stage')
 
 
 @pytest.mark.parametrize('stage', ['clip', 'classifier'])

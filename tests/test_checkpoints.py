@@ -69,6 +69,7 @@ def test_formats_draw_the_same_pictures(published, folder, small, drawn, tmp_pat
     json.loads((saved/'config.json').read_text(), parse_constant=pytest.fail)
     assert same(draw(TextToImage.from_pretrained(saved, 'cpu')), drawn)
     assert same(draw(TextToImage.from_pretrained(pipe.save_pretrained(tmp_path/'half', torch.float16), 'cpu')), drawn) is False
+    assert {v.dtype for path in (tmp_path/'half').glob('*.safetensors') if path.stem != 'statistics' for v in load_weights(path, None)[0].values() if v.is_floating_point()} == {torch.float16}
 
 
 def test_convert_from_the_shell(published, tmp_path):

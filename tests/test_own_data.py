@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 from runs import finish, launch
 from t2i.checkpoints import load_statistics
 from t2i.cli import app
-from t2i.core import ASSETS, load_weights
-from t2i.own_data import train_on
+from t2i.core import ASSETS, load_preset, load_weights
+from t2i.own_data import GENTLE, train_on
 from t2i.pipeline import TextToImage
+from t2i.train import make_config
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,20 @@ def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):
     before = (tmp_path/'run/decoder.safetensors').read_bytes()
     assert run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu').exit_code == 0
     assert (tmp_path/'run/decoder.safetensors').read_bytes() == before, 'what is done is kept'
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_weights_that_can_draw_go_on_gently(pictures, tmp_path, monkeypatch, device):
+    class Enough(Exception): pass
+    found = {}
+    def train(task, config, out, **others):
+        found[out.name] = make_config(config, torch.device(device)).learning_rate
+        if out.name == 'decoder': raise Enough
+        return ASSETS/'emoji/translator.safetensors'
+    monkeypatch.setattr('t2i.own_data.train', train)
+    with pytest.raises(Enough): train_on(pictures, tmp_path, device='cpu', progress=False)
+    preset = load_preset('emoji')
+    assert found == {stage: pytest.approx(GENTLE*make_config(preset.train[stage], torch.device(device)).learning_rate) for stage in ('translator', 'decoder')}
 
 
 def test_pictures_that_are_skipped_are_told(pictures, tmp_path):

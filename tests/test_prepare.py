@@ -154,6 +154,25 @@ def test_a_changed_raw_shard_a_lost_file_and_a_damaged_record_are_done_again(tmp
     assert (out/'records/raw-00003.safetensors').stat().st_mtime_ns == untouched and 'new' in PreparedDataset(out/'train').keys
 
 
+def test_captions_that_were_rewritten_in_a_file_of_the_same_size_are_read_again(tmp_path):
+    def write(word): return write_tar(tmp_path/'raw/0.tar', [member for i in range(3) for member in ((f'{i}.png', picture()), (f'{i}.txt', word))])
+    write(b'aaaa')
+    size, out = (tmp_path/'raw/0.tar').stat().st_size, tmp_path/'out'
+    embedding = lambda: prepare(Stub(), tmp_path/'raw', out, progress=False) and PreparedDataset(out/'train').text_embeddings([0])[0, 0, 1]
+    assert embedding() == 4
+    assert write(b'abab').stat().st_size == size and embedding() == 2
+
+
+def test_pictures_of_coco_that_were_missing_are_read_when_they_are_there(tmp_path):
+    (tmp_path/'coco/annotations').mkdir(parents=True); (tmp_path/'coco/train2014').mkdir()
+    (tmp_path/'coco/annotations/captions_train2014.json').write_text(json.dumps({'annotations': [{'id': i, 'image_id': i, 'caption': 'a picture'} for i in range(4)]}))
+    def unzip(numbers):
+        for i in numbers: (tmp_path/f'coco/train2014/COCO_train2014_{i:012}.jpg').write_bytes(picture(format='JPEG'))
+        return prepare(Stub(), tmp_path/'coco', tmp_path/'out', progress=False)
+    assert unzip([0, 3])['skipped'] == {'no image': 2}
+    assert unzip([1, 2])['prepared'] == 4
+
+
 # -- killed ---------------------------------------------------------------------------------------------------------
 def start(raw, out): prepare(Stub(), raw, out, progress=False, batch_size=16, workers=1)
 

@@ -96,6 +96,22 @@ def test_parquet_of_hugging_face(tmp_path):
     assert good(samples) == {'train-000000000': ('fine',)} and reasons(samples) == {'train-000000001': 'caption is not UTF-8'}
 
 
+@pytest.mark.parametrize('kind', ['string', 'string_view', 'category'])
+def test_parquet_knows_its_splits_in_whatever_kind_of_text(tmp_path, kind):
+    import pyarrow as pa, pyarrow.parquet as pq
+    split = pa.array(['train', 'test', 'validation', 'other'])
+    split = split.dictionary_encode() if kind == 'category' else split.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({'image': [picture()]*4, 'text': ['a picture']*4, 'split': split}), tmp_path/'0.parquet')
+    assert [s.split for s in read(tmp_path)] == ['train', 'test', 'validation', '']
+
+
+def test_a_picture_keeps_sixteen_captions(tmp_path):
+    (tmp_path/'one.png').write_bytes(picture())
+    (tmp_path/'all.jsonl').write_text(json.dumps({'file': 'one.png', 'captions': [f'caption {i}' for i in range(2000)]}))
+    sample, = read(tmp_path)
+    assert sample.captions == tuple(f'caption {i}' for i in range(16)) and sample.dropped == 1984
+
+
 @pytest.mark.parametrize('compressed', [False, True])
 def test_imagenet_arrays(tmp_path, monkeypatch, compressed):
     monkeypatch.setattr('t2i.readers.PER_SHARD', 4)

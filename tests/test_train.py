@@ -1,5 +1,6 @@
 "The training loop: several processes train as one does, and nothing is lost when a run dies."
-import random, resource, signal
+import math, random, resource, signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,3 +278,64 @@ def test_what_a_batch_ahead_raises_is_raised(tmp_path):
     class Broken(Line):
         def batch(self, indices, generators): raise ValueError('the third shard is broken')
     with pytest.raises(ValueError, match='the third shard is broken'): next(_Run(Broken(), LINE, tmp_path, 0, 'cpu', None, None, False).batches(2))
+
+
+class Judged(Line):
+    "Held-out numbers that are best at the start."
+    def validate(self, model): return {'validation_loss': float(self.steps)}
+
+
+def test_a_training_that_stops_early_is_over(tmp_path, capsys):
+    "Its checkpoint says so: the same command trains no second time, and the best weights stay."
+    early = LINE | dict(validate_every=5, keep_best='validation_loss', patience=2, save_minutes=60.)
+    best = train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes()
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 15
+    assert train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes() == best
+    assert 'nothing is left to train' in capsys.readouterr().out
+
+
+def test_validation_may_be_more_frequent_than_the_log(tmp_path):
+    often = LINE | dict(validate_every=3, save_minutes=60.)
+    class Stopped(Judged):
+        def loss(self, model, batch):
+            if self.steps == 7: signal.raise_signal(signal.SIGTERM)
+            return super().loss(model, batch)
+    with pytest.raises(SystemExit): train(Stopped(), often, tmp_path, device='cpu', progress=False)
+    train(Judged(), often, tmp_path, device='cpu', progress=False)
+    assert len(losses(tmp_path)) == 4 and len(losses(tmp_path, 'validation_loss')) == 14
+
+
+def test_the_last_weights_are_there_when_the_last_checkpoint_is(tmp_path, monkeypatch):
+    def full(path): raise OSError(28, 'No space left on device')
+    save = _Run.save_weights
+    monkeypatch.setattr(_Run, 'save_weights', lambda self, tensors: full(self.out) if self.step == 8 else save(self, tensors))
+    with pytest.raises(OSError): train(Line(), LINE | {'steps': 8, 'save_minutes': 60.}, tmp_path, device='cpu', progress=False)
+    monkeypatch.undo()
+    assert load_weights(train(Line(), LINE | {'steps': 8}, tmp_path, device='cpu', progress=False))[1]['step'] == 8
+
+
+def test_what_another_process_has_just_trained_is_not_overwritten(tmp_path):
+    late = _Run(Line(), LINE, tmp_path, 0, 'cpu', None, None, False)
+    train(Line(), LINE, tmp_path, device='cpu', progress=False)
+    before = (tmp_path/'checkpoint.pt').read_bytes()
+    with pytest.raises(ValueError, match='another process has just trained in .*: start again'): late.run()
+    assert (tmp_path/'checkpoint.pt').read_bytes() == before
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_): raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr('t2i.train.fcntl.flock', flock)
+    assert train(Line(), LINE | {'steps': 2}, tmp_path, device='cpu', progress=False).exists()
+
+
+def test_a_driver_that_does_not_say_how_busy_it_is(tmp_path, monkeypatch):
+    def utilization(device): raise RuntimeError('NVML: Not Supported')
+    monkeypatch.setattr(torch.cuda, 'utilization', utilization)
+    run = _Run(Line(), LINE, tmp_path, 0, 'cpu', None, None, False)
+    run.accelerator = SimpleNamespace(device=torch.device('cuda'))
+    assert math.isnan(run.utilisation())
+
+
+def test_a_process_stays_on_one_kind_of_device(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.train.process_state', lambda device: SimpleNamespace(device=torch.device('cuda')))
+    with pytest.raises(ValueError, match='works on cuda already and cannot train on cpu too'): train(Line(), LINE, tmp_path, device='cpu', progress=False)

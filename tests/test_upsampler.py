@@ -329,6 +329,8 @@ def test_large_pictures_are_drawn_in_the_order_of_the_shards_and_once(npm_cache,
     lost.unlink()
     draw_large(tmp_path/'large', 32, npm_cache, limit=3, rows_per_shard=2, progress=False)
     assert lost.exists() and kept.stat().st_mtime_ns == before
+    draw_large(tmp_path/'large', 16, npm_cache, limit=4, rows_per_shard=2, progress=False)  # other pictures, of another size
+    assert PreparedDataset(out/'train').images(torch.arange(4)).shape == (4, 16, 16, 3) and PreparedDataset(out/'train').keys == list(load_emoji('train', ['key']).key[:4])
 
 
 def test_training_without_npm_or_larger_pictures_says_so(monkeypatch, tmp_path):
