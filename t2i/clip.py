@@ -388,12 +388,15 @@ def neighbour_recall(
 
 # %% ../nbs/lib/clip.ipynb #a6f81765
 def paraphrase_recall(clip: CLIP, table, k: int = 10) -> pd.DataFrame:
-    "A row for each held-out keyword of an emoji table's concepts: whether one of the k nearest pictures has it, how many pictures have it, and the chance of k random ones."
+    "A row for each held-out keyword of an emoji table's concepts: whether one of the k nearest pictures has it, how many pictures have it, and the chance of k random ones; and the same for pictures of concepts whose captions never say it."
     words = table.drop_duplicates('concept').explode('keywords').dropna(subset=['keywords'])
     words = words[[is_test_keyword(c, w) and c != w for c, w in zip(words.concept, words.keywords)]]
     pictures = clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in table['image']]), normalize=True)
     captions = clip.encode_captions([f'a {w}' for w in words.keywords], normalize=True)
     nearest = (captions@pictures.T).topk(k, 1).indices.numpy()
     has = np.array([[w in known for known in table.keywords] for w in words.keywords])
-    return pd.DataFrame({'concept': words.concept.values, 'keyword': words.keywords.values, 'found': np.take_along_axis(has, nearest, 1).any(1),
-                         'pictures': has.sum(1), 'by chance': 1 - (1 - has.mean(1))**k})
+    unsaid = np.array([[h and is_test_keyword(c, w) for h, c in zip(row, table.concept)] for row, w in zip(has, words.keywords)])
+    def found(right): return np.take_along_axis(right, nearest, 1).any(1)
+    def by_chance(right): return 1 - (1 - right.mean(1))**k
+    return pd.DataFrame({'concept': words.concept.values, 'keyword': words.keywords.values, 'pictures': has.sum(1), 'found': found(has), 'by chance': by_chance(has),
+                         'unsaid found': found(unsaid), 'unsaid by chance': by_chance(unsaid)})

@@ -270,6 +270,7 @@ class TextToImage:
         images, size = _pictures(images, 'images'), self.preset.data.image_size
         x, y = to_tensor(images, size), None
         if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
+        if y is not None and len(y) != len(x): raise ValueError(f"{len(y)} image_embeddings were given for {len(x)} pictures: give one for each")
         originals = [from_uint8(np.stack([on_white(i)]))[0] if max(i.size) > size else None for i in images]
         return self._upsample(x, y, label, noise, make_generators(generator, len(x)), batch_size, progress, originals)
 

@@ -306,7 +306,7 @@ def _signature(items) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../nbs/lib/readers.ipynb #ec88c328
-COCO = 'https://images.cocodataset.org'
+COCO = 'http://images.cocodataset.org'  # with https its certificate is that of Amazon's S3, and wget refuses it
 
 class CocoCaptions:
     """MS-COCO's pictures with their captions; `table` has a row for a picture: key (its id), path, captions (the first five).

@@ -56,7 +56,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> torch.Tensor
 
 # %% ../nbs/lib/train.ipynb #a8e9292a
 def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear', final: float = 0.) -> float:
-    "Factor on the base learning rate; `progress` is the share of the decay that is over, `final` the share that a linear decay reaches at its end."
+    "Factor on the base learning rate; `progress` is the share of the decay that is over, `final` the share that the decay reaches at its end."
     warm = min(1, (step + 1)/max(1, warmup))
     if decay == 'constant': return warm
     if decay == 'linear': return warm*(1 - (1 - final)*progress)
