@@ -353,6 +353,7 @@ def test_pipeline_with_our_own(own, tmp_path):
     y = pipe.embed_captions(['a dog'])
     assert np.abs(shown(image_embeddings=y) - shown()).max() > 0 and np.abs(shown(noise=0.) - shown()).max() > 0
     with pytest.raises(ValueError, match='without classes'): pipe.upsample(small, label=5)
+    with pytest.raises(ValueError, match='1 image_embeddings were given for 2 pictures: give one for each'): pipe.upsample(small*2, image_embeddings=y)
     again = TextToImage.from_pretrained(pipe.save_pretrained(tmp_path), 'cpu')
     assert again('a dog', generator=1, upsample=True) == large
 
