@@ -7,7 +7,7 @@ __all__ = ['Vocabulary', 'CLIP', 'check_captions', 'recall', 'clip_recall', 'aug
            'neighbour_recall', 'paraphrase_recall']
 
 # %% ../nbs/lib/clip.ipynb #0c891994
-import difflib, os, re, warnings
+import difflib, os, re, unicodedata, warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -58,8 +58,9 @@ class Vocabulary:
         return out
 
     def unknown_words(self, caption: str) -> list:
-        "The words of a caption of which a piece is the unknown one."
-        return [w for w in re.findall(r"\w[\w'’-]*", caption) if any(p not in self.ids for p in self.tokenizer.encode(w))]
+        "The words and symbols of a caption of which a piece is the unknown one."
+        words = re.findall(r"\w[\w'’-]*|[^\w\s]", caption)
+        return [w for w in words if unicodedata.category(w[0])[0] in 'LNS' and any(p not in self.ids for p in self.tokenizer.encode(w))]
 
 # %% ../nbs/lib/clip.ipynb #5c03a965
 def _keep_stages(visual: nn.Module, stages: int, embedding_size: int):
@@ -203,7 +204,7 @@ class CLIP:
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         "float [N, 3, H, W] in [-1, 1] → raw embeddings [N, D]; gradients flow (CLIP guidance needs them)."
-        if x.shape[-1] != self.image_size:
+        if tuple(x.shape[-2:]) != (self.image_size,)*2:
             x = F.interpolate(x, size=(self.image_size,)*2, mode='bicubic', antialias=True, align_corners=False)
         return self.model.encode_image(((x + 1)/2 - self.mean)/self.std)
 
@@ -216,7 +217,10 @@ class CLIP:
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
         if isinstance(images, Image.Image): images = [images]
-        if isinstance(images, np.ndarray) and images.dtype != np.uint8: raise ValueError(f"the pictures are an array of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
+        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
+            raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
+        if not len(images): raise ValueError("there are no pictures to encode: give at least one")
+        if isinstance(images, np.ndarray) and images.shape[1] != images.shape[2]: images = [Image.fromarray(i) for i in images]  # they get white paper at their sides
         out = []
         for i in range(0, len(images), batch_size):
             part = images[i:i + batch_size]

@@ -17,7 +17,7 @@ def turn_hue(
     angle: Tensor,  # [N], in radians; by 2π/3 red becomes green
 ) -> Tensor:  # like x
     "The pictures with all colours turned around the axis of greys."
-    eye = torch.eye(3, device=x.device)
+    eye, angle = torch.eye(3, dtype=x.dtype, device=x.device), angle.to(x)
     grey, around = torch.full_like(eye, 1/3), (eye.roll(1, 0) - eye.roll(-1, 0))/3**0.5
     turn = grey + angle.cos()[:, None, None]*(eye - grey) + angle.sin()[:, None, None]*around
     with torch.autocast(x.device.type, enabled=False): return torch.einsum('nij,njhw->nihw', turn, x).clamp(-1, 1)
@@ -26,9 +26,9 @@ def turn_hue(
 COLOURS = {'red': (345, 375), 'orange': (15, 42), 'yellow': (42, 68), 'green': (68, 165), 'blue': (165, 258), 'purple': (258, 300), 'pink': (300, 345)}  # hues from, to, in degrees
 
 
-def colour_name(hue: float) -> str:
-    "The name of a hue in degrees."
-    return next(name for name, (low, high) in COLOURS.items() if (hue - low) % 360 < high - low)
+def colour_name(hue: float) -> 'str | None':
+    "The name of a hue in degrees; None for nan, which `main_hue` finds where there is no one colour."
+    return next((name for name, (low, high) in COLOURS.items() if (hue - low) % 360 < high - low), None)
 
 
 def main_hue(

@@ -298,7 +298,7 @@ def save_weights(
     with atomic_path(path) as tmp:
         if kind == '.safetensors': _save_safetensors(tmp, stored, {'t2i': json.dumps(metadata or {})})
         elif kind == '.pt': torch.save(stored, tmp)
-        else: np.save(tmp, *(v.numpy() for v in stored.values()), allow_pickle=False)
+        else: np.save(tmp, *((v.float() if v.dtype == torch.bfloat16 else v).numpy() for v in stored.values()), allow_pickle=False)
     return path
 
 
@@ -356,7 +356,7 @@ def load_weights(
     from safetensors import SafetensorError
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} are missing: reinstall the package for the shipped ones, or train them with `t2i train`")
+        raise FileNotFoundError(f"the weights {path} are missing: correct the path, reinstall the package for the shipped ones, or train them with `t2i train`")
     read = {'.safetensors': _read_safetensors, '.pt': _read_torch, '.npy': _read_npy}[_file_type(path)]
     try: tensors, metadata = read(path)
     except _Refused: raise

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .colours import turn_hue
+from .convolution import weights_stay
 from .core import autocast, from_uint8, load_preset, make_generators, randn
 from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
@@ -112,8 +113,8 @@ def decode(
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device = make_generators(generator, len(y)), next(model.parameters()).device
     x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device)
-    with torch.no_grad(), autocast(device):
-        denoiser = guided_denoiser(diffusion, model, y.to(device), guidance_scale, thresholding, percentile)
+    with torch.no_grad(), autocast(device), weights_stay():
+        denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile)
         return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook, progress=progress).clamp(-1, 1)
 
 # %% ../nbs/03_decoder.ipynb #5c7194cb

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'linear_schedule', 'cosine_schedule', 'Diffusion', 'Perf
            'discretized_gaussian_log_likelihood', 'mean_flat']
 
 # %% ../nbs/02_diffusion.ipynb #7e5b633a
-import copy, math, numbers
+import copy, math, numbers, operator
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Diffusion:
         self.log_posterior_variance = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_noise_left = (1 - self.alphas_cumprod_prev).log().maximum(self.log_posterior_variance)  # in the latent that a step arrives at
         # what a network is told: the first timestep that has as much noise; without exposure bias that is `timestep_map`
-        self.told = torch.searchsorted(1/self.trained.snr, 1/self.snr + self.exposure_bias**2).clamp(max=self.trained.timesteps - 1)
+        self.told = torch.searchsorted(1/self.trained.snr, 1/self.snr + self.exposure_bias*self.exposure_bias).clamp(max=self.trained.timesteps - 1)
 
     def at(
         self,
@@ -274,6 +274,9 @@ def prior_bits(self: Diffusion, x_0: Tensor) -> Tensor:
     return mean_flat(normal_kl(self.at('sqrt_alphas_cumprod', t, x_0)*x_0, variance.log(), zero, zero))/math.log(2)
 
 # %% ../nbs/02_diffusion.ipynb #9ca863cc
+def _check_trained(process: Diffusion):
+    if process.exposure_bias: raise ValueError(f"this process expects errors of {process.exposure_bias} and is for sampling: take expect_errors(0) of it, or make_diffusion(preset)")
+
 @patch
 @torch.no_grad()
 def bits_per_dimension(
@@ -283,7 +286,8 @@ def bits_per_dimension(
     generators: list,  # one torch.Generator per image
     progress: bool = False,
 ) -> dict:  # total [N], vlb [N, T] by timestep, prior [N], all in bits per dimension; mse [N, T] of the noise
-    "L_vlb (3.8) of whole images, one random latent at each timestep."
+    "L_vlb (3.8) of whole images, one random latent at each timestep. A `ValueError` for a process that expects errors: it is no longer the one of the bound."
+    _check_trained(self)
     vlb, mse = [], []
     for step in tqdm(range(self.timesteps), disable=not progress, leave=False):
         t = torch.full((len(x_0),), step, device=x_0.device)
@@ -313,7 +317,8 @@ def training_losses(
     noise: Tensor,  # ~ N(0, I), [N, C, H, W]
     model_kwargs: 'dict | None' = None,  # such as the condition, {'y': [N, E]}
 ) -> dict:  # loss, simple, vlb, each [N]; simple is unweighted, vlb in bits per dimension
-    "L_hybrid (3.17) of each image and its two parts, the squared error (3.15) and one term of the bound."
+    "L_hybrid (3.17) of each image and its two parts, the squared error (3.15) and one term of the bound. A `ValueError` for a process that expects errors, which tells the network other timesteps."
+    _check_trained(self)
     x_t, channels = self.q_sample(x_0, t, noise), x_0.shape[1]
     output = model(x_t, self.network_timesteps(t), **(model_kwargs or {})).to(x_0.dtype)
     target = {'eps': noise, 'v': self.velocity(x_0, t, noise), 'x0': x_0}[self.target]
@@ -342,7 +347,8 @@ def respace(
         if self.exposure_bias and steps > 1: kept = [(total - 1)*i//(steps - 1) for i in range(steps)]
         else: kept = [total*(i + 1)//steps - 1 for i in range(steps)]
     else:
-        kept = sorted(int(t) for t in steps)
+        try: kept = sorted(operator.index(t) for t in steps)
+        except TypeError: raise ValueError(f"steps is {steps!r}: give a whole number, or the timesteps to visit") from None
         if not kept or kept[0] < 0 or kept[-1] >= total or len(set(kept)) < len(kept):
             raise ValueError(f"{list(steps)} is not a subset of the {total} timesteps: use different whole numbers from 0 to {total - 1}")
     respaced = copy.copy(self)
@@ -358,6 +364,6 @@ def expect_errors(
     "The process whose latents carry errors of a network's own: at each timestep the network is told the first one of training that has so much noise in all."
     if not 0 <= exposure_bias < math.inf: raise ValueError(f"exposure_bias is {exposure_bias}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
     expecting = copy.copy(self)
-    expecting.exposure_bias = exposure_bias
+    expecting.exposure_bias = float(exposure_bias)
     expecting._tabulate(self.alphas_cumprod, self.timestep_map)
     return expecting

@@ -70,6 +70,11 @@ VARIANTS = {  # Table 5.1: what each variant gives the decoder
 }
 
 
+def _embed(variant, pipe, pairs):
+    if variant not in VARIANTS: raise ValueError(f"there is no variant {variant!r}: use one of {', '.join(VARIANTS)}")
+    return VARIANTS[variant](pipe, pairs)
+
+
 def draw_variant(
     variant: str,  # a key of VARIANTS
     pipe: TextToImage,
@@ -79,14 +84,13 @@ def draw_variant(
     **settings,  # num_inference_steps, guidance_scale, sampler, …: see `TextToImage`
 ) -> list:
     "One PIL picture for each pair."
-    if variant not in VARIANTS: raise ValueError(f"there is no variant {variant!r}: use one of {', '.join(VARIANTS)}")
-    if folder is None: return pipe(image_embeddings=VARIANTS[variant](pipe, pairs), generator=seed, **settings)
+    if folder is None: return pipe(image_embeddings=_embed(variant, pipe, pairs), generator=seed, **settings)
     return [Image.open(path).convert('RGB') for path in variant_to_folder(variant, pipe, pairs, seed, folder, **settings)]
 
 
 def variant_to_folder(variant, pipe, pairs, seed, folder, **settings) -> list:
     "The paths of a variant's pictures, one for each pair, below `folder`; what is missing is drawn. For the settings see `draw_to_folder`."
-    return draw_to_folder(pipe, pairs.captions, lambda: VARIANTS[variant](pipe, pairs), Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, **settings)
+    return draw_to_folder(pipe, pairs.captions, lambda: _embed(variant, pipe, pairs), Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, **settings)
 
 # %% ../nbs/05_experiments.ipynb #7edea9b6
 THESIS_TABLE = {  # Table 5.1 of the thesis

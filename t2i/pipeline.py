@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'enough_memory', 'TextToImage', 'upsample', 'process_share', 'draw_to_folder']
 
 # %% ../nbs/lib/pipeline.ipynb #015ee548
-import contextlib, hashlib, json, math, os, warnings
+import contextlib, hashlib, json, math, numbers, os, warnings
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
+from .convolution import weights_stay
 from .core import ASSETS, atomic_path, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
@@ -206,8 +207,9 @@ class TextToImage:
         progress: bool = False,
     ) -> list:
         "PIL pictures, those of the first caption first. The same seed draws the same pictures on the same machine."
-        if num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: ask for at least 1 picture")
+        if not isinstance(num_images_per_prompt, numbers.Integral) or num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: ask for at least 1 picture")
         self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, upsampler_noise, batch_size)
+        self._check_idle(base_image, {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay}, upsample, {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise})
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         s = self.preset.sampling
         steps = s.steps if num_inference_steps is None else num_inference_steps
@@ -218,7 +220,7 @@ class TextToImage:
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
         from tqdm.auto import tqdm
-        with tqdm(total=len(y), desc='images', disable=not progress) as bar:
+        with weights_stay(), tqdm(total=len(y), desc='images', disable=not progress) as bar:
             for i in range(0, len(y), size):
                 part = slice(i, i + size)
                 hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
@@ -238,6 +240,13 @@ class TextToImage:
         if sampler not in (None, *SAMPLERS): raise ValueError(f"there is no sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
         if upsampler_noise is not None: _check_noise(upsampler_noise)
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: draw at least 1 picture at once")
+
+    @staticmethod
+    def _check_idle(base_image, of_image_guidance: dict, upsample, of_upsampler: dict):
+        "Refuse what was asked for and would change nothing."
+        for needed, given, options in ((base_image is not None, 'a base_image', of_image_guidance), (upsample, 'upsample=True', of_upsampler)):
+            idle = [k for k, v in options.items() if v is not None]
+            if idle and not needed: raise ValueError(f"{' and '.join(idle)} would change nothing without {given}: give both, or none")
 
     def _base(self, base_image, n):
         if base_image is None: return None
@@ -311,8 +320,7 @@ class TextToImage:
         raise ValueError(f"the pipeline {self.preset.name!r} cannot enlarge pictures, because {why}: leave upsample=False for {size}×{size} pixels, or load it with one")
 
 # %% ../nbs/lib/pipeline.ipynb #71d72c22
-@cache
-def _loaded(preset, device): return TextToImage.from_preset(preset, device)
+_loaded = cache(TextToImage.from_preset)
 
 
 def upsample(
@@ -323,7 +331,8 @@ def upsample(
     **settings,  # generator, batch_size, …: see `TextToImage.upsample`
 ) -> list:
     "PIL pictures, four times as wide and as high; also `t2i.upsample`."
-    return _loaded(preset, device).upsample(images, noise=noise, **settings)
+    load = TextToImage.from_preset if isinstance(preset, dict) else _loaded
+    return load(preset, device).upsample(images, noise=noise, **settings)
 
 # %% ../nbs/lib/pipeline.ipynb #73118216
 def process_share() -> tuple:
@@ -380,11 +389,12 @@ def draw_to_folder(
     folder, (p, n) = Path(folder), share
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
+    if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     _keep_settings(folder, _drawn_from(pipe, captions, seed, settings))
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]
     if not missing: return paths
-    for left in folder.glob('.*.png'):  # by a killed run, in the middle of a picture of this process
+    for left in folder.glob('.[0-9]*.png'):  # by a killed run, in the middle of a picture of this process
         if int(left.name[1:6]) in missing: left.unlink()
     y, seeds = embed(), image_seeds(seed, len(paths))
     size = batch_size or pipe.preset.sampling.get('batch_size', 8)

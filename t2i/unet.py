@@ -36,7 +36,7 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x, scale=None, shift=None):
         "[N, C, …] → the same shape; with `scale` and `shift` [N, C] then times 1 + scale, plus shift."
-        if x.device.type == "cpu" and not torch.is_grad_enabled(): return self._by_channel(x, scale, shift)
+        if x.device.type == "cpu" and x.dtype != torch.float16 and not torch.is_grad_enabled(): return self._by_channel(x, scale, shift)
         h = super().forward(x.float()).to(x.dtype)
         if scale is None: return h
         scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
@@ -231,6 +231,7 @@ class UNet(nn.Module):
                 augmentation=None # what was done to the pictures, float [N, augmentation_size]; None: nothing
                 ): # float32 [N, out_channels, H, W]
         "One pass: what the network is trained to predict and, with learned variance, the variance channels behind it."
+        if (dtype := self.time_embed[0].weight.dtype) != torch.float32: raise ValueError(f"the weights of this U-Net are {dtype}: keep them in float32; torch.autocast multiplies in fewer bits.")
         emb = self.embed(t, y, augmentation)
         x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
         h = F.pixel_unshuffle(x, self.pixel_unshuffle).contiguous(memory_format=torch.channels_last)

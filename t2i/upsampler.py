@@ -8,13 +8,16 @@ __all__ = ['LEVEL_FEATURES', 'OF_TRAINING', 'RELEASED_LABEL', 'Upsampler', 'cond
            'choose_labels', 'crop_at', 'redraw', 'UpsamplerTask']
 
 # %% ../nbs/lib/upsampler.ipynb #c1cf2e53
+import numbers
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .convolution import weights_stay
 from .core import autocast, from_uint8, load_preset, make_generators, randn, to_uint8
 from .data import PreparedDataset, Statistics
 from .decoder import guided_denoiser, make_diffusion, training_draws
@@ -40,6 +43,7 @@ class Upsampler(UNet):
         **settings,  # of the U-Net
     ):
         super().__init__(image_size, in_channels=6, embedding_size=embedding_size and embedding_size + LEVEL_FEATURES, **settings)
+        if residual and alphas_cumprod is None: raise ValueError(f"residual={residual} needs the alphas_cumprod of the process, as make_upsampler gives them")
         self.enlarge, self.residual = enlarge, residual
         self.register_buffer('alphas_cumprod', alphas_cumprod, persistent=False)
 
@@ -115,7 +119,7 @@ def super_resolve(
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device, shape = make_generators(generator, len(low_res)), next(model.parameters()).device, (3, model.image_size, model.image_size)
     drawn = []
-    with torch.no_grad(), autocast(device), tqdm(total=len(low_res), desc='upsampled', disable=not progress, leave=False) as bar:
+    with torch.no_grad(), autocast(device), weights_stay(), tqdm(total=len(low_res), desc='upsampled', disable=not progress, leave=False) as bar:
         for i in range(0, len(low_res), batch_size):
             part = slice(i, i + batch_size)
             small, c = low_res[part].to(device), y[part].to(device)
@@ -134,13 +138,13 @@ def in_tiles(
     overlap: int = 16,  # pixels that neighbours share, at least
 ) -> Tensor:  # [3, f·h, f·w]
     "Enlarge a picture of any size, tile by tile."
-    _, h, w = x.shape
+    (_, h, w), overlap = x.shape, min(overlap, size//2)
     x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)), value=1.)
     def starts(n): return torch.linspace(0, n - size, 1 + -(-(n - size)//(size - overlap))).round().int().tolist()
     corners = [(i, j) for i in starts(x.shape[1]) for j in starts(x.shape[2])]
     tiles = enlarge(torch.stack([x[:, i:i + size, j:j + size] for i, j in corners]))
     f, whole = tiles.shape[-1]//size, tiles.new_zeros(4, *(tiles.shape[-1]*n//size for n in x.shape[1:]))
-    ramp = torch.arange(1, f*size + 1).minimum(torch.arange(f*size, 0, -1)).clamp(max=f*overlap).to(tiles)
+    ramp = torch.arange(1, f*size + 1).minimum(torch.arange(f*size, 0, -1)).clamp(max=max(1, f*overlap)).to(tiles)
     weight = ramp[:, None]*ramp
     for tile, (i, j) in zip(tiles, corners):
         whole[:, f*i:f*(i + size), f*j:f*(j + size)] += torch.cat([weight*tile, weight[None]])
@@ -185,8 +189,8 @@ def choose_labels(
 ) -> Tensor:  # LongTensor [N]
     "The label of each picture."
     if isinstance(label, str) and label == 'zero-shot': return classify(low_res)
-    labels = [label]*len(low_res) if isinstance(label, int) else label
-    if not isinstance(labels, (list, tuple, Tensor)) or len(labels) != len(low_res) or not all(0 <= int(l) < num_classes for l in labels):
+    labels = [label]*len(low_res) if isinstance(label, numbers.Integral) else label
+    if not isinstance(labels, (list, tuple, Tensor, np.ndarray)) or len(labels) != len(low_res) or not all(int(l) == l and 0 <= l < num_classes for l in labels):
         raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one for each of the {len(low_res)} pictures")
     return torch.tensor([int(l) for l in labels])
 

@@ -396,7 +396,24 @@ def test_something_else_than_pictures(pipe, given):
 
 
 def test_pictures_of_other_numbers(pipe):
-    with pytest.raises(ValueError, match='array of float64.*uint8'): pipe(images=np.zeros((1, 64, 64, 3)))
+    with pytest.raises(ValueError, match='of float64: .*uint8'): pipe(images=np.zeros((1, 64, 64, 3)))
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(mask=np.ones((64, 64))), 'mask would change nothing without a base_image'), (dict(image_guidance_scale=1., decay='cosine'), 'image_guidance_scale and decay would'),
+    (dict(upsampler_noise=0.1), 'upsampler_noise would change nothing without upsample=True'), (dict(num_inference_steps='50'), "steps is '50'"), (dict(num_inference_steps=10.5), 'steps is 10.5'),
+    (dict(num_inference_steps=[1.7, 3.2]), 'give a whole number, or the timesteps'), (dict(num_images_per_prompt=2.), 'num_images_per_prompt is 2.0'), (dict(exposure_bias=-1), 'exposure_bias is -1')])
+def test_settings_that_would_change_nothing_or_make_no_sense(pipe, settings, words):
+    with pytest.raises(ValueError, match=words): pipe('a red apple', **settings)
+
+
+def test_a_folder_of_pictures_knows_no_base_image(pipe, tmp_path):
+    with pytest.raises(ValueError, match='without base_image'): draw_to_folder(pipe, ['a'], lambda: None, tmp_path, 0, base_image=Image.new('RGB', (8, 8)))
+
+
+def test_symbols_that_were_never_read_are_named():
+    clip = TextToImage.from_preset('emoji', 'cpu').clip
+    assert clip.unknown_words(['a 🚗, red!', '€ (5)', 'a red apple; noto style']) == ['🚗', '€']
 
 
 def test_mask(pipe):

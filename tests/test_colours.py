@@ -1,4 +1,6 @@
 """What is learned from recoloured pictures: the text encoder alone, and the translator on a share of its pairs."""
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from typer.testing import CliRunner
 from t2i import data
 from t2i.cli import app
 from t2i.clip import CLIP, TextTask, colour_recall
-from t2i.colours import COLOURS, colour_name, main_hue
+from t2i.colours import COLOURS, colour_name, main_hue, turn_hue
 from t2i.core import Preset, from_uint8, load_preset, load_weights
 from t2i.data import load_emoji, recoloured, write_shards
 from t2i.train import step_generator, train
@@ -117,3 +119,11 @@ def test_own_pictures_are_not_mixed_with_recoloured_emoji(emoji, preset, tmp_pat
     assert shell('train', 'translator', '--preset', preset, '--out', 'run', '--device', 'cpu').exit_code == 0
     done = shell('train', 'translator', '--preset', preset, '--out', 'other', '--prepared', 'run/prepared', '--device', 'cpu')
     assert done.exit_code == 0 and (tmp_path/'run/recoloured').exists() and not (tmp_path/'other/recoloured').exists(), done.output
+
+
+def test_no_colour_has_no_name(): assert colour_name(math.nan) is None and colour_name(0.) == 'red'
+
+
+def test_hues_turn_in_the_precision_of_the_pictures():
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)*2 - 1
+    assert turn_hue(x, torch.tensor([0., 1.])).dtype == torch.float64 and torch.allclose(turn_hue(x, torch.zeros(2)), x)

@@ -161,3 +161,11 @@ def test_a_file_that_is_not_inception(content, tmp_path, pictures):
     else: path.write_bytes(content)
     with pytest.raises(ValueError, match='does not hold the Inception weights') as e: extract_features(pictures[0], features=str(path))
     assert '\n' not in str(e.value)
+
+
+def test_distances_of_too_few_pictures():
+    from t2i.metrics import clip_score, frechet_distance, kernel_distance, precision_recall
+    features = torch.randn(3, 5)
+    for function, few in ((frechet_distance, 1), (kernel_distance, 3), (precision_recall, 3)):
+        with pytest.raises(ValueError, match=f'{few} and {few} images are too few'): function(features[:few], features[:few])
+    with pytest.raises(ValueError, match='3 images and 1 captions'): clip_score(None, [None]*3, 'abc')

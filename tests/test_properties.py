@@ -1,10 +1,13 @@
 """Properties that hold for whatever is put in."""
 import math
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 
 from t2i.clip import Vocabulary
 from t2i.core import from_uint8, make_generators, randn, to_uint8
@@ -121,6 +124,83 @@ def test_known_and_unknown_pieces(vocabulary):
     holds()
     assert vocabulary.unknown not in vocabulary(['a red apple, noto style'])
     assert (vocabulary(['a xylophone'])[0] == vocabulary.unknown).any()
+
+
+@pytest.fixture(scope='module')
+def emoji():
+    from t2i.pipeline import TextToImage
+    return TextToImage.from_preset('emoji', device='cpu')
+
+
+def test_wide_networks_compute_what_their_literal_sums_do(emoji, monkeypatch):
+    "Layers of 96 channels and more take Winograd's algorithm: forward, backward, and after the weights have changed in whatever way."
+    from copy import deepcopy
+    from t2i import convolution
+    network, literal = deepcopy(emoji.decoder), deepcopy(emoji.decoder)
+    for layer in literal.modules():
+        if isinstance(layer, convolution.Conv3x3): layer.forward = partial(torch.nn.Conv2d.forward, layer)
+    counted, filters = [], convolution._filters
+    monkeypatch.setattr(convolution, '_filters', lambda weight: counted.append(1) or filters(weight))
+    x, t, y = torch.randn(2, 3, 64, 64), torch.tensor([100, 900]), torch.randn(2, 512)
+    def same():
+        with torch.no_grad(): torch.testing.assert_close(network(x, t, y), literal(x, t, y), atol=2e-4, rtol=1e-3)
+    same()
+    assert len(counted) >= 19
+    for model in (network, literal): model(x, t, y).square().mean().backward()
+    for (name, p), q in zip(network.named_parameters(), literal.parameters()):
+        if p.grad is not None: assert (p.grad - q.grad).norm() <= 1e-3*q.grad.norm() + 1e-7, name
+    same()
+    for model in (network, literal): torch.optim.Adam(model.parameters(), 1e-3, fused=True).step()
+    same()
+    for p, q in zip(network.parameters(), literal.parameters()): p.data.mul_(1.01); q.data.copy_(p.data)
+    same()
+    size = len(pickle.dumps(network))
+    emoji('a red apple', generator=1, num_inference_steps=1)
+    assert size < 1.1*sum(p.nbytes for p in (*network.parameters(), *(p.grad for p in network.parameters() if p.grad is not None))) and len(pickle.dumps(emoji.decoder)) < 1.1*sum(p.nbytes for p in emoji.decoder.parameters())
+
+
+def test_a_compiled_pipeline_of_wide_networks_is_one_graph(emoji):
+    from t2i.pipeline import TextToImage
+    compiled = TextToImage.from_preset('emoji', device='cpu').compile(backend='eager', fullgraph=True)
+    ours, theirs = (np.asarray(p('a red apple', generator=1)[0], int) for p in (emoji, compiled))
+    assert np.abs(ours - theirs).max() <= 1  # its convolutions are the literal sums
+
+
+def test_weights_that_know_no_versions(emoji):
+    from t2i.pipeline import TextToImage
+    with torch.inference_mode(): picture = TextToImage.from_preset('emoji', device='cpu')('a red apple', generator=1)
+    assert picture == emoji('a red apple', generator=1)
+
+
+def test_a_process_for_sampling_is_not_trained_with(emoji):
+    x, t = torch.zeros(1, 3, 64, 64), torch.tensor([50])
+    network = lambda x, t: torch.zeros(1, 6, 64, 64)
+    for process in (emoji.diffusion, emoji.diffusion.respace(5)):
+        with pytest.raises(ValueError, match=r'take expect_errors\(0\)'): process.training_losses(network, x, t[:0] + 1, x)
+        with pytest.raises(ValueError, match=r'take expect_errors\(0\)'): process.bits_per_dimension(process.denoiser(network), x, make_generators(0, 1))
+        assert process.expect_errors(0).training_losses(network, x, torch.tensor([1]), x)['loss'].isfinite()
+
+
+def test_float16_features_do_not_overflow():
+    from t2i.unet import GroupNorm32
+    x, norm = (torch.randn(2, 64, 64, 64)*0.1 + 20).half(), GroupNorm32(64)
+    with torch.no_grad(): torch.testing.assert_close(norm(x).float(), norm(x.float()), atol=0.02, rtol=0.01)
+
+
+def test_networks_keep_float32(emoji):
+    from copy import deepcopy
+    with pytest.raises(ValueError, match='weights of this U-Net are torch.float16: keep them in float32'): deepcopy(emoji.decoder).half()(torch.zeros(1, 3, 64, 64), torch.tensor([1]), torch.zeros(1, 512))
+
+
+def test_pictures_as_arrays_are_seen_as_pictures(emoji):
+    "Whatever their shape: white paper at the sides, and no stretching."
+    rng = np.random.default_rng(0)
+    for h, w in ((64, 64), (128, 64), (64, 32), (50, 100)):
+        array = np.kron(rng.integers(0, 256, (2, h//10, w//10, 3)), np.ones((1, 10, 10, 1))).astype(np.uint8)
+        torch.testing.assert_close(emoji.embed_images(array), emoji.embed_images([Image.fromarray(i) for i in array]), atol=0.1, rtol=0)  # a square array is resized by another library
+    for wrong in (array[0], array[..., :1], np.zeros((1, 64, 64, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r'give PIL pictures or uint8 \[N, H, W, 3\]'): emoji.embed_images(wrong)
+    with pytest.raises(ValueError, match='give at least one'): emoji.embed_images(array[:0])
 
 
 def test_a_compiled_pipeline_draws_the_same_pictures_in_one_graph(pipe):

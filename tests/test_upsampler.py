@@ -370,6 +370,12 @@ def test_tiles_meet_without_a_seam():
     assert row[0] == 0 and row[-1] == 1 and (row.diff() >= 0).all() and row.diff().max() < 0.2  # one fades into the other
 
 
+@pytest.mark.parametrize('size, overlap', [(16, 16), (8, 16), (4, 0), (1, 16)])
+def test_tiles_smaller_than_their_overlap(size, overlap):
+    x = torch.rand(3, 20, 17)
+    torch.testing.assert_close(in_tiles(lambda tiles: tiles.repeat_interleave(2, 2).repeat_interleave(2, 3), x, size, overlap), x.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
 def test_tiles_do_not_depend_on_the_batch(own):
     "Each draws its own noise, also where the sampler needs some at every step."
     settings = own.upsampler | {'image_size': 128, 'sampling': own.upsampler.sampling | {'sampler': 'ddpm', 'steps': 3}}
