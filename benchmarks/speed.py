@@ -16,6 +16,7 @@ import torch
 import baseline, costs, rival
 from growth import growth, save_prepared
 from measure import REPOSITORY, RESULTS, alternate, compare, machine, machine_name, matmul_rate, peak_memory
+from t2i.convolution import weights_stay
 from t2i.core import ASSETS, autocast, get_device, load_preset, load_weights, make_generators, randn, save_json, uses_bfloat16
 from t2i.data import Statistics
 from t2i.decoder import DecoderTask, decode, guided_denoiser, make_decoder, make_diffusion
@@ -133,7 +134,7 @@ class Bench:
         products = max(1, round(n*gflop*1e9/(2*1024**3)))
         def product():
             for _ in range(products): a@b
-        with torch.no_grad(), tf32(False):
+        with torch.no_grad(), tf32(False), weights_stay():
             times = alternate({'ours': lambda: model(x, t, y), 'baseline': lambda: plain(x, t, y), 'matrix product': product}, self.device, self.seconds)
         table = compare(times, 'matrix product', n)
         expected, measured = FACTS['milliseconds']/FACTS['matmul_milliseconds'], table['baseline']['ratio']
@@ -243,10 +244,10 @@ class Bench:
         m, trained = self.train_batch, network(self.preset, self.device).train()
         m = min(m, 2*n)
         embedding = lambda: self.model.embed(t, y)
-        with torch.no_grad(): times = alternate({'forward': forward, 'embeddings': embedding}, self.device, self.seconds/4)
+        with torch.no_grad(), weights_stay(): times = alternate({'forward': forward, 'embeddings': embedding}, self.device, self.seconds/4)
         times |= alternate({'training': step}, self.device, self.seconds/2)
         middle = {k: sorted(v)[len(v)//2] for k, v in times.items()}
-        found['sampling step'] = costs.gap(self.model, 2*n, middle['forward'], self.device, self.dtype) | {'shares': costs.profiled(forward, self.device)}
+        with weights_stay(): found['sampling step'] = costs.gap(self.model, 2*n, middle['forward'], self.device, self.dtype) | {'shares': costs.profiled(forward, self.device)}
         found['training step'] = costs.gap(self.model, m, middle['training'], self.device, self.dtype, training=True) | {'shares': costs.profiled(step, self.device)}
         found['embeddings_share'] = middle['embeddings']/middle['forward']
         return found

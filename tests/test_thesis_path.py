@@ -69,7 +69,7 @@ def test_pairs_of_coco(coco):
 
 
 def test_coco_that_is_almost_right(coco, tmp_path, arguments):
-    says(shell('sample', tmp_path/'x', *arguments, '--data', tmp_path), tmp_path/'annotations/captions_val2014.json', 'get https://')
+    says(shell('sample', tmp_path/'x', *arguments, '--data', tmp_path), tmp_path/'annotations/captions_val2014.json', 'get http://')
     stand_ins.save_coco(tmp_path)
     for path in (tmp_path/'val2014').glob('*'): path.write_bytes(path.read_bytes()[:100])
     says(shell('sample', tmp_path/'x', *arguments, '--data', tmp_path), 'COCO_val2014_', 'cannot be read', 'unzip it again')
