@@ -8,6 +8,7 @@ __all__ = ['Vocabulary', 'CLIP', 'check_captions', 'recall', 'clip_recall', 'aug
 
 # %% ../nbs/lib/clip.ipynb #0c891994
 import difflib, os, re, unicodedata, warnings
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -247,6 +248,7 @@ class CLIP:
 
 def check_captions(captions) -> list:
     "A list of captions that say something, or a `ValueError` with the first that does not."
+    if not isinstance(captions, Iterable): raise ValueError(f"the captions are {captions!r}: give a text, or a list of texts")
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions: raise ValueError("the list of captions is empty: give at least one, such as 'a red apple, noto style'")
     for i, c in enumerate(captions):

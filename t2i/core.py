@@ -184,7 +184,8 @@ def make_generators(
     n: int,  # number of images
 ) -> list:
     "One generator per image, on the CPU but for those that are given. From one seed, image `i` gets the same noise whatever `n` is."
-    if isinstance(generator, (list, tuple, range, np.ndarray)):
+    if isinstance(generator, np.ndarray): generator = generator.tolist()  # a list, or one number
+    if isinstance(generator, (list, tuple, range)):
         if len(generator) != n: raise ValueError(f"{len(generator)} generators were given for {n} images: give one for each, or a single seed")
         return [g if isinstance(g, torch.Generator) else seeded(g) for g in generator]
     return [seeded(s) for s in image_seeds(generator, n)]

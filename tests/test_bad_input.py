@@ -402,9 +402,14 @@ def test_pictures_of_other_numbers(pipe):
 @pytest.mark.parametrize('settings, words', [
     (dict(mask=np.ones((64, 64))), 'mask would change nothing without a base_image'), (dict(image_guidance_scale=1., decay='cosine'), 'image_guidance_scale and decay would'),
     (dict(upsampler_noise=0.1), 'upsampler_noise would change nothing without upsample=True'), (dict(num_inference_steps='50'), "steps is '50'"), (dict(num_inference_steps=10.5), 'steps is 10.5'),
-    (dict(num_inference_steps=[1.7, 3.2]), 'give a whole number, or the timesteps'), (dict(num_images_per_prompt=2.), 'num_images_per_prompt is 2.0'), (dict(exposure_bias=-1), 'exposure_bias is -1')])
+    (dict(num_inference_steps=[1.7, 3.2]), 'give a whole number, or the timesteps'), (dict(num_images_per_prompt=2.), 'num_images_per_prompt is 2.0'), (dict(generator=np.array(-5)), 'the seed is -5'), (dict(generator=np.arange(3)), '3 generators were given for 1 images'), (dict(exposure_bias=-1), 'exposure_bias is -1')])
 def test_settings_that_would_change_nothing_or_make_no_sense(pipe, settings, words):
     with pytest.raises(ValueError, match=words): pipe('a red apple', **settings)
+
+
+def test_captions_that_are_none(pipe):
+    with pytest.raises(ValueError, match='the captions are 5: give a text'): pipe(5)
+    assert pipe('a', generator=np.array(5)) == pipe('a', generator=5)
 
 
 def test_a_folder_of_pictures_knows_no_base_image(pipe, tmp_path):
