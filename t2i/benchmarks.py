@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import PACKAGE
+from .core import PACKAGE, load_preset, preset_names
 
 # %% ../nbs/lib/benchmarks.ipynb #3d260c07
 RESULTS = PACKAGE.parent/'benchmarks/results'
@@ -46,16 +46,18 @@ def speed_table(
             m = found['machine']['sampling']
             where = ', '.join([m['gpu']] if 'gpu' in m else [m['processor'], cores(m)]) + f", {found['sampling']['precision']}"
             def add(what, value, against, ratio): rows.append({'preset': preset, 'what': what, 'measured': value, 'against': against, 'times faster': ratio, 'where': where})
-            for section, what in (('sampling', 'a guided sampling step'), ('training', 'a training step')):
+            for section, what in (('sampling', 'a guided sampling step'), ('sampling crowded', 'a guided sampling step'), ('training', 'a training step with Adam')):
                 if section not in found: continue
                 table = found[section]['candidates']
                 for ours, name in itertools.product(*([k for k in table if k.startswith('ours') == own] for own in (True, False))):
+                    if section == 'sampling crowded' and name in found['sampling']['candidates']: continue  # measured without the crowd
                     add(what + ', the GPU shared'*found[section].get('shared', False), f"{1000*table[ours]['seconds']:.1f} ms for a picture" + ', compiled'*(ours != 'ours'),
-                        f"{name}: {1000*table[name]['seconds']:.1f} ms", f"{table[name]['ratio']/table[ours]['ratio']:.2f}")
+                        f"{name}{', TF32 off'*('gpu' in m and name in ('baseline', 'diffusers'))}: {1000*table[name]['seconds']:.1f} ms", f"{table[name]['ratio']/table[ours]['ratio']:.2f}")
             s = found['sampling']
             fastest = min(row['seconds'] for name, row in s['candidates'].items() if name.startswith('ours'))
-            ours, theirs = s['default_steps']*fastest, 1000*s['candidates']['baseline']['seconds']
-            add(f"a picture in {s['default_steps']:,} steps", f"{ours:.2f} s", f"baseline in 1,000 steps: {theirs:.0f} s", f"{theirs/ours:.0f}")
+            steps = load_preset(preset).sampling.steps if preset in preset_names() else s['default_steps']
+            ours, theirs = steps*fastest, 1000*s['candidates']['baseline']['seconds']
+            add(f"a picture in {steps:,} steps, of a batch of {s['batch']}", f"{ours:.2f} s" + ', compiled'*('ours, compiled' in s['candidates']), f"baseline{', TF32 off'*('gpu' in m)} in 1,000 steps: {theirs:.0f} s", f"{theirs/ours:.0f}")
             if 'startup' in found:
                 start = found['startup']
                 add('`import t2i`', f"{start['import t2i']['seconds']:.2f} s", '', '')

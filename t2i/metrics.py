@@ -205,7 +205,7 @@ def real_vs_real(
     seed: int = 0,                  # of the halves, and of the subsets of KID
     device=None,
 ) -> dict:
-    "The metrics of one random half of the real images against the other: what a perfect generator would get with as many images."
+    "The metrics of one random half of the real images against the other: what a perfect generator of other images of the same kind would get with as many."
     r = extract_features(real, features, device)
     if len(r) < 2*MIN_IMAGES: raise ValueError(f"{len(r)} real images are too few to be halved and measured: give at least {2*MIN_IMAGES}")
     order = np.random.default_rng(seed).permutation(len(r))

@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end, and what they store hangs together. Nothing here is about how fast anything is."""
+"""The benchmarks that need no download run from end to end, and what they store hangs together. Nothing here is about how fast anything is."""
 import json
 import statistics
 import subprocess
