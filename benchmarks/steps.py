@@ -34,9 +34,10 @@ def study(
     pairs = draw_pairs(2*n, seed)
     floor, pairs = real_vs_real(pairs.images, device=pipe.device), pairs.first(n)
     real, y = extract_features(pairs.images, device=pipe.device), pipe.embed_captions(pairs.captions)
-    found = {'machine': machine(pipe.device), 'preset': pipe.preset.name, 'images': n, 'weights': pipe.fingerprints(), 'real against real': floor, 'rows': []}
+    same = {'preset': pipe.preset.name, 'images': n, 'seed': seed, 'weights': pipe.fingerprints(), 'settings': {k: v for k, v in (pipe.preset.sampling | settings).items() if k not in ('sampler', 'steps', 'batch_size')}}
+    found = {'machine': machine(pipe.device), **same, 'real against real': floor, 'rows': []}
     before = json.loads(out.read_text()) if out and out.exists() else {}
-    if all(before.get(k) == found[k] for k in ('preset', 'images', 'weights')): found['rows'] = before['rows']
+    if all(before.get(k) == v for k, v in json.loads(json.dumps(same)).items()): found['rows'] = before['rows']
     done = [(row['sampler'], row['num_inference_steps']) for row in found['rows']]
     for sampler, k in [(sampler, k) for k in sorted(steps) for sampler in samplers if (sampler, k) not in done]:
         row = dict(sampler=sampler, num_inference_steps=k)

@@ -193,3 +193,4 @@ def test_the_study_of_steps_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch
     monkeypatch.setattr(steps, 'draw_to_folder', lambda *args, num_inference_steps, **kw: [pytest.fail('drawn again') if num_inference_steps == 2 else p for p in draw_to_folder(*args, num_inference_steps=num_inference_steps, **kw)])
     both = run([2, 3])
     assert both[0] == first[0] and [row['num_inference_steps'] for row in both] == [2, 3] and json.loads((tmp_path/'steps.json').read_text())['rows'] == both
+    with pytest.raises(ValueError, match='pictures of other settings'): steps.study(pipe, 8, [2], ['ddim'], tmp_path/'pictures', tmp_path/'steps.json', guidance_scale=1.)
