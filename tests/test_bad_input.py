@@ -416,9 +416,14 @@ def test_a_folder_of_pictures_knows_no_base_image(pipe, tmp_path):
     with pytest.raises(ValueError, match='without base_image'): draw_to_folder(pipe, ['a'], lambda: None, tmp_path, 0, base_image=Image.new('RGB', (8, 8)))
 
 
+def test_emoji_in_a_caption_are_words():
+    pipe = TextToImage.from_preset('emoji', 'cpu')
+    assert pipe('🍎', generator=1) == pipe('red apple', generator=1) != pipe('🚗', generator=1)
+
+
 def test_symbols_that_were_never_read_are_named():
     clip = TextToImage.from_preset('emoji', 'cpu').clip
-    assert clip.unknown_words(['a 🚗, red!', '€ (5)', 'a red apple; noto style']) == ['🚗', '€']
+    assert clip.unknown_words(['a 🚗, red!', '€ (5)', '🜁', 'a red apple; noto style']) == ['€', 'alchemical']
 
 
 def test_mask(pipe):
