@@ -239,7 +239,9 @@ def _prepared_from(source, folder: Path, preset, runs: Path, device):
                 typer.echo(f"{folder} is of the run's CLIP as it was before, and is prepared again", err=True)
                 shutil.rmtree(folder)
             state.wait_for_everyone()
-    if not done.exists(): _tell(prepare(_clip(preset, runs, device), source(), folder, preset.data.image_size), folder)
+    if not done.exists():
+        report = prepare(_clip(preset, runs, device), source(), folder, preset.data.image_size)
+        if state.is_main_process: _tell(report, folder)
     return folder
 
 
