@@ -67,7 +67,7 @@ def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict
     "Every judgement about one picture of each variant for each pair; `folder` keeps the pictures."
     drawn = {variant: draw_variant(variant, pipe, pairs, SEED, folder, progress=progress) for variant in VARIANTS}
     real = extract_features(pairs.images, device=pipe.device).pooled
-    others = np.random.default_rng(SEED).permutation(len(training.pictures))[:len(pairs)]  # there are only 1,000 held-out pictures: their other half are training pictures
+    others = np.random.default_rng(SEED).permutation(len(training.pictures))[:len(pairs)]  # there are only 1,000 held-out pictures: as many training pictures are mixed in, so that a half has as many as a row
     floor = np.concatenate([pairs.images, np.stack([np.asarray(training.pictures[i]) for i in others])])
     table = measure(drawn, pairs, floor, pipe.clip, device=pipe.device)
     table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
