@@ -55,7 +55,7 @@ class Vocabulary:
             if (symbol := found[0]) in TONES: return f', {TONES[symbol]} skin tone'
             if unicodedata.category(symbol) != 'So' or all(p in self.ids for p in self.tokenizer.encode(symbol)): return symbol
             return f" {re.sub('^(heavy )?(black|white) ', '', unicodedata.name(symbol, symbol).lower())} "
-        return ' '.join(re.sub(r'[^\w\s]', words, re.sub('[\u200d\ufe0f]', ' ', caption)).split())  # without what joins and colours them
+        return ' '.join(re.sub(r'[^\w\s]', words, re.sub('[\u200d\ufe0f]', ' ', self.tokenizer.clean_fn(caption))).split())  # without what joins and colours them
 
     def __call__(self, captions: list) -> torch.Tensor:
         "int64 [N, context_length]; a caption that is too long is cut, with a warning that shows where."

@@ -329,7 +329,7 @@ def _is_torchscript(path) -> bool:
 
 def _runs_when_loaded(path) -> bool:
     "Whether a TorchScript archive brings a method `__setstate__`: the only code of such a file that is run before somebody calls it."
-    with zipfile.ZipFile(path) as archive: return any(b'__setstate__' in archive.read(part) for part in archive.infolist() if '/code/' in part.filename)
+    with zipfile.ZipFile(path) as archive: return any(b'__setstate__' in archive.read(part) for part in archive.infolist() if '/code/' in part.filename.lower())  # PyTorch finds its members whatever their case
 
 
 def _read_torch(path):

@@ -8,7 +8,7 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'emoji_captions', 'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates',
            'split_emoji', 'build_emoji', 'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'decodable',
            'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments',
-           'moments', 'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'check_encoder',
+           'moments', 'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'encoded_by',
            'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
@@ -647,7 +647,7 @@ def _check_out(out, shards, settings, clip):
         except (ValueError, KeyError): continue
         was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        _check_probe(out, before['probe'], clip)
+        if not _same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {_clip_name(clip)}: prepare into another folder, or delete it")
         break
 
 
@@ -657,19 +657,20 @@ def _clip_name(clip) -> str: return getattr(clip, 'name', type(clip).__name__)
 def _probe(clip) -> list: return clip.encode_captions(['a picture'])[0].tolist()
 
 
-def _check_probe(folder, before, clip):
-    before, now = np.array(before), np.array(_probe(clip))
-    if before.shape != now.shape or np.linalg.norm(before - now) > 0.1*np.linalg.norm(now):  # another device rounds differently, by less
-        raise ValueError(f"{folder} was prepared with other weights of CLIP {_clip_name(clip)}: prepare into another folder, or delete it")
+def _same_probe(before, now) -> bool:
+    before, now = np.array(before), np.array(now)
+    return before.shape == now.shape and bool(np.linalg.norm(before - now) <= 0.1*np.linalg.norm(now))  # another device rounds differently, by less
 
 
-def check_encoder(
+def encoded_by(
     clip,
     prepared: 'str | Path',  # a folder of `prepare`
-):
-    "A `ValueError` if what is in the folder was encoded by another CLIP."
-    path = next(iter(sorted((Path(prepared)/'records').glob('*.safetensors'))), None)
-    if path: _check_probe(prepared, load_weights(path, None)[1]['settings']['probe'], clip)
+) -> bool:
+    "Whether what is in the folder was encoded by this CLIP; True if its records do not tell."
+    for path in sorted((Path(prepared)/'records').glob('*.safetensors')):
+        try: return _same_probe(load_weights(path, None)[1]['settings']['probe'], _probe(clip))
+        except (ValueError, KeyError): continue
+    return True
 
 
 def _wait(out, shards, pause: float = 0.2):

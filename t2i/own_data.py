@@ -6,7 +6,7 @@
 __all__ = ['GENTLE', 'train_on']
 
 # %% ../nbs/lib/own_data.ipynb #814c64ca
-import copy
+import copy, json
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from .checkpoints import find_checkpoint, load_statistics
 from .clip import CLIP
-from .core import ASSETS, load_into, load_preset, load_weights
+from .core import ASSETS, load_into, load_preset, load_weights, save_json
 from .data import prepare
 from .pipeline import MODELS, TextToImage
 from .train import check_hours, train
@@ -44,6 +44,10 @@ def train_on(
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
     report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
+    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures")
+    start = out/'start.json'
+    if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
+    if PartialState().is_main_process: save_json(start, {'scratch': shipped is None})
     if on_prepared and PartialState().is_main_process: on_prepared(report)
     if shipped: load_statistics(shipped, preset.clip.embedding_size).save(out/'prepared/statistics.safetensors')  # what the weights are used to
     models = {}

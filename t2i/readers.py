@@ -249,9 +249,11 @@ def _read_npz(path, start, stop, names):
 def npz_shards(path, class_captions=False) -> list:
     "The raw shards of one npz file."
     try: n = _rows(path)
-    except Exception: return [Shard(_key(path.stem), _signature([_stat(path)]), lambda: iter([Skipped(_key(path.name), 'damaged shard' if path.stat().st_size else 'empty file')]))]
+    except Exception: return [Shard(_key(path.stem), _signature([_content(path)]), lambda: iter([Skipped(_key(path.name), 'damaged shard' if path.stat().st_size else 'empty file')]))]
     names = _class_names(path.parent) if class_captions else None
-    return [Shard(f'{_key(path.stem)}-{i//PER_SHARD:05}', _signature([_stat(path)]), partial(_read_npz, path, i, min(i + PER_SHARD, n), names)) for i in range(0, n, PER_SHARD)]
+    if names is not None and not any(map(str.isdigit, names)): raise ValueError(f"{path.parent} has no map_clsloc.txt with the names of the classes: put it there, or leave out --class-captions")
+    signature = _signature([_content(path), names and sorted(names.items())])
+    return [Shard(f'{_key(path.stem)}-{i//PER_SHARD:05}', signature, partial(_read_npz, path, i, min(i + PER_SHARD, n), names)) for i in range(0, n, PER_SHARD)]
 
 
 def _pictures_in(folder) -> list:
@@ -278,7 +280,7 @@ def class_shards(root, class_captions=False) -> list:
         name = names.get(folder.name, folder.name.replace('_', ' ')) if class_captions else None
         for i in range(0, len(entries), PER_SHARD):
             part = entries[i:i + PER_SHARD]
-            shards.append(Shard(f"{_key(folder.relative_to(root).as_posix()).replace('/', '-')}-{i//PER_SHARD:05}", _signature((e.name, *_stat(e)[:1]) for e in part),
+            shards.append(Shard(f"{_key(folder.relative_to(root).as_posix()).replace('/', '-')}-{i//PER_SHARD:05}", _signature([name, *((e.name, *_stat(e)[:1]) for e in part)]),
                                 partial(_read_class, folder, root, i, i + PER_SHARD, name)))
     return shards
 
@@ -298,6 +300,18 @@ def _stat(file) -> tuple:
     try: s = file.stat()
     except OSError: return ()
     return s.st_size, s.st_mtime_ns
+
+
+def _content(path) -> tuple:
+    "(size, hash of 64 blocks of 4 kB that are spread over a file, of all of a small one): the same wherever it is copied to."
+    digest, size = hashlib.sha256(), path.stat().st_size
+    try:
+        with open(path, 'rb') as f:
+            for i in range(64):
+                f.seek(max(0, size - 4096)*i//63)
+                digest.update(f.read(4096))
+    except OSError: pass  # whoever reads it will say so
+    return size, digest.hexdigest()
 
 
 def _signature(items) -> str:
@@ -353,11 +367,13 @@ def _coco_captions(root): return sorted((root/'annotations').glob('captions_*20[
 def coco_shards(root) -> list:
     "The raw shards of the splits of MS-COCO whose pictures are in a folder; 'val' is for validation."
     found, shards = [(f.stem[9:-4], int(f.stem[-4:])) for f in _coco_captions(root)], []
-    for split, year in [f for f in found if (root/'{}{}'.format(*f)).is_dir()] or found[-1:]:
+    present = [f for f in found if (root/'{}{}'.format(*f)).is_dir()] or found[-1:]
+    if len({year for _, year in present}) > 1: raise ValueError(f"{root} holds MS-COCO of several years, which share pictures: leave the folders of one year")
+    for split, year in present:
         table = CocoCaptions(root, split, year).table
         for i in range(0, len(table), PER_SHARD):
             part = table.iloc[i:i + PER_SHARD]
-            shards.append(Shard(f'{split}{year}-{i//PER_SHARD:05}', _signature(zip(part.key, part.captions, map(_stat, map(Path, part.path)))), partial(_read_coco, part, 'train' if split == 'train' else 'validation')))
+            shards.append(Shard(f'{split}{year}-{i//PER_SHARD:05}', _signature(zip(part.key, part.captions, (_stat(Path(p))[:1] for p in part.path))), partial(_read_coco, part, 'train' if split == 'train' else 'validation')))
     return shards
 
 
@@ -416,7 +432,8 @@ def _read_described(root, items, validation):
 def picture_shards(root, table=None) -> list:
     "The raw shards of a folder of pictures with captions in `.txt` files, or in the CSV, TSV or JSONL `table`."
     entries, items = _described(root, table)
-    validation = set(sorted(entries, key=lambda p: hash_fraction(_key(Path(p).relative_to(root).as_posix())))[:math.ceil(VALIDATION*len(entries))])
+    described = [i[0] for i in items if not isinstance(i, Skipped) and (i[1].is_file() if isinstance(i[1], Path) else i[1])]
+    validation = set(sorted(described, key=lambda p: hash_fraction(_key(Path(p).relative_to(root).as_posix())))[:math.ceil(VALIDATION*len(described))])
     def mark(item):
         if isinstance(item, Skipped): return item
         path, captions = item
@@ -437,7 +454,7 @@ def find_shards(
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: name one with img2dataset's shards, ImageNet, MS-COCO or pictures with captions")
     if _coco_captions(folder): return coco_shards(folder)
     for ending, read in (('.tar', _read_tar), ('.parquet', _read_parquet)):
-        if paths := _files(folder, ending): return [Shard(_key(p.stem), _signature([_stat(p)]), partial(read, p)) for p in paths]
+        if paths := _files(folder, ending): return [Shard(_key(p.stem), _signature([_content(p)]), partial(read, p)) for p in paths]
     if paths := _files(folder, '.npz'): return [shard for p in paths for shard in npz_shards(p, class_captions)]
     if tables := _files(folder, '.csv', '.tsv', '.jsonl'):
         if len(tables) > 1: raise ValueError(f"{folder} holds {', '.join(t.name for t in tables)}: leave the one that describes the pictures")

@@ -146,7 +146,7 @@ class Log:
         self.rows = [r for r in self.read(self.path) if int(r['step']) <= step]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(folder, purge_step=step)
+            self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     @staticmethod
     def read(path) -> list:
@@ -373,7 +373,7 @@ class _Run:
         torch.manual_seed(seed)
         self.task.used = self.used
         for group in self.optimizer.param_groups:
-            group['lr'] = c.learning_rate*learning_rate_factor(self.step, self.used*c.steps/(c.decay_steps or c.steps), c.warmup, c.decay, c.final_learning_rate)
+            group['lr'] = c.learning_rate*learning_rate_factor(self.step, min(1., self.used*c.steps/(c.decay_steps or c.steps)), c.warmup, c.decay, c.final_learning_rate)
         for i, piece in enumerate(pieces):
             batch = [b.to(self.accelerator.device, non_blocking=True) for b in piece]
             accumulates = i < len(pieces) - 1 and not c.fsdp
@@ -394,7 +394,7 @@ class _Run:
         if self.accelerator.device.type == 'cuda':
             try: return torch.cuda.utilization(self.accelerator.device)/100
             except Exception: return math.nan  # the driver does not say: part of a GPU, or a container without its library
-        (busy, wall), self.clock = self.clock, (time.process_time(), time.time())
+        (busy, wall), self.clock = self.clock, (time.process_time(), time.monotonic())
         return (self.clock[0] - busy)/(self.clock[1] - wall)/torch.get_num_threads()
 
     # -- what happens now and then: in all processes alike, so that none waits for another -----------------------
@@ -483,14 +483,14 @@ class _Run:
         can_signal = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.signal(number, self.terminate) for number in (signal.SIGTERM, signal.SIGINT) if can_signal}
         self.model.train()
-        start, saved = time.time() - self.elapsed, time.time()
-        self.clock = time.process_time(), time.time()
+        start, saved = time.monotonic() - self.elapsed, time.monotonic()
+        self.clock = time.process_time(), time.monotonic()
         try:
             with tqdm(total=100, initial=round(100*self.used, 1), desc=self.out.name, unit='%', disable=not self.progress, mininterval=5, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
                 while not self.finished and not self.terminated:
                     for k, v in self.train_step().items(): self.sums[k] = self.sums.get(k, 0) + v
                     self.since += 1
-                    self.elapsed, due, self.terminated = self.agree(time.time() - start, time.time() - saved > self.c.save_minutes*60, self.asked_to_stop)
+                    self.elapsed, due, self.terminated = self.agree(time.monotonic() - start, time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)
                     due, row, validates = due or self.finished or self.terminated, {}, self.step % self.c.validate_every == 0 or self.finished
                     if self.step % self.c.log_every == 0 or due or validates:
@@ -508,7 +508,7 @@ class _Run:
                     if self.step % self.c.sample_every == 0 or self.finished: self.draw()
                     if due or self.finished:  # also by what the validation has just said
                         self.save(total_energy())
-                        saved = time.time()
+                        saved = time.monotonic()
             used = total_energy()
         finally:
             self.coming.close()

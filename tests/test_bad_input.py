@@ -205,11 +205,23 @@ def test_a_clip_that_learned_on_leaves_nothing_of_the_one_before(shards, tmp_pat
     before = probe()
     assert 'prepared again' not in train('translator', 6).output and np.array_equal(probe(), before)
     assert train('text', 40).exit_code == 0
+    says(train('translator', 8), 'run/translator had learned from it: delete')
+    assert np.array_equal(probe(), before), 'nothing is lost'
+    shutil.rmtree(tmp_path/'run/translator')
     done = train('translator', 8)
     assert done.exit_code == 0 and 'run/prepared is of the run\'s CLIP as it was before, and is prepared again' in done.output, done.output
     assert np.linalg.norm(probe() - before) > 0.1*np.linalg.norm(before)
-    assert train('clip', 40).exit_code == 0
-    says(train('text', 60), 'run/clip was trained on after', 'delete')
+    before = probe()
+    assert shell('train', 'translator', '--preset', 'emoji', '--out', tmp_path/'run').exit_code == 1 and np.array_equal(probe(), before), 'another preset is no reason to delete anything'
+    weights = (tmp_path/'run/clip/weights.safetensors').read_bytes()
+    done = train('all', 50)
+    assert done.exit_code == 0 and 'run/clip stays as it is, because' in done.output and (tmp_path/'run/clip/weights.safetensors').read_bytes() == weights
+    assert train('clip', 90).exit_code == 0
+    says(train('text', 90), 'run/clip was trained on after', 'delete')
+    other = shell('train', 'decoder', '--preset', mine, '--out', tmp_path/'run', '--prepared', tmp_path/'run/prepared')
+    assert other.exit_code == 0, other.output  # the text encoder is still the one that it was prepared with
+    shutil.rmtree(tmp_path/'run/text')
+    says(shell('train', 'decoder', '--preset', mine, '--out', tmp_path/'run', '--prepared', tmp_path/'run/prepared'), 'was prepared with another CLIP')
 
 
 def test_embeddings_of_another_clip(tmp_path, no_models): says(shell('train', '--preset', 'smoke', '--prepared', tmp_path, '--out', tmp_path/'run'), 'name the stage')

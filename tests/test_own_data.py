@@ -68,6 +68,21 @@ def test_pictures_that_are_skipped_are_told(pictures, tmp_path):
     assert unknown['number'] == 39 and f'never read {len(unknown)} of' in done.output, done.output
 
 
+def test_going_on_in_another_way_is_refused(pictures, tmp_path):
+    assert run('--data', pictures, '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu', '--scratch').exit_code == 0
+    begun = json.loads((tmp_path/'run/start.json').read_text())
+    (tmp_path/'run/start.json').write_text(json.dumps({'scratch': False}))
+    done = run('--data', pictures, '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu', '--scratch')
+    assert begun == {'scratch': True} and done.exit_code == 1 and 'began from the weights that ship: go on in the same way' in ' '.join(done.output.split())
+
+
+def test_few_described_pictures_among_many_have_a_validation_split(tmp_path):
+    from t2i.readers import find_shards
+    for i in range(100): Image.new('RGB', (8, 8)).save(tmp_path/f'{i}.png')
+    for i in range(20): (tmp_path/f'{i}.txt').write_text('a square')
+    assert sum(getattr(s, 'split', '') == 'validation' for shard in find_shards(tmp_path) for s in shard) == 1
+
+
 def test_two_processes_prepare_and_train(pictures, tmp_path):
     "Prepare, train both stages, load: all of it shared by two processes."
     assert finish(launch(2, train_on, pictures, tmp_path, 'smoke', 0.5, True, 0, 'cpu', False)) == [0, 0]

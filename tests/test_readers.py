@@ -105,6 +105,34 @@ def test_parquet_knows_its_splits_in_whatever_kind_of_text(tmp_path, kind):
     assert [s.split for s in read(tmp_path)] == ['train', 'test', 'validation', '']
 
 
+def test_names_of_classes_that_come_later_are_read(tmp_path):
+    (tmp_path/'n01440764').mkdir()
+    (tmp_path/'n01440764/a.png').write_bytes(picture())
+    before, = find_shards(tmp_path, class_captions=True)
+    (tmp_path/'LOC_synset_mapping.txt').write_text('n01440764 tench, Tinca tinca')
+    after, = find_shards(tmp_path, class_captions=True)
+    assert before.signature != after.signature and next(iter(after)).captions == ('tench',)
+    np.savez(tmp_path/'train.npz', data=np.zeros((2, 12), np.uint8), labels=np.array([1, 2]))
+    with pytest.raises(ValueError, match='map_clsloc.txt'): find_shards(tmp_path, class_captions=True)
+
+
+def test_a_copy_of_a_shard_is_the_same_shard(tmp_path):
+    write_tar(tmp_path/'a/0.tar', [('0.png', picture()), ('0.txt', b'a')])
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b/0.tar').write_bytes((tmp_path/'a/0.tar').read_bytes())
+    os.utime(tmp_path/'b/0.tar', (1, 1))
+    (a,), (b,) = find_shards(tmp_path/'a'), find_shards(tmp_path/'b')
+    assert a.signature == b.signature
+
+
+def test_years_of_coco_are_not_mixed(tmp_path):
+    (tmp_path/'annotations').mkdir()
+    for split in ('train2017', 'val2014'):
+        (tmp_path/split).mkdir()
+        (tmp_path/f'annotations/captions_{split}.json').write_text(json.dumps({'annotations': []}))
+    with pytest.raises(ValueError, match='several years, which share pictures'): find_shards(tmp_path)
+
+
 def test_a_picture_keeps_sixteen_captions(tmp_path):
     (tmp_path/'one.png').write_bytes(picture())
     (tmp_path/'all.jsonl').write_text(json.dumps({'file': 'one.png', 'captions': [f'caption {i}' for i in range(2000)]}))
@@ -130,6 +158,7 @@ def test_imagenet_arrays_never_unpickle(tmp_path):
     np.savez(tmp_path/'a.npz', data=np.array([Trap()], dtype=object))
     assert [s.reason for s in read(tmp_path)] == ['damaged shard'] and not (tmp_path/'sprung').exists()
     np.savez(tmp_path/'a.npz', data=np.zeros((2, 12), np.uint8), labels=np.array([Trap(), 1], dtype=object))
+    (tmp_path/'map_clsloc.txt').write_text('n02119789 1 kit_fox')
     assert [(s.reason, s.count) for s in read(tmp_path, class_captions=True)] == [('damaged shard', 2)] and not (tmp_path/'sprung').exists()
 
 

@@ -280,6 +280,11 @@ def test_what_a_batch_ahead_raises_is_raised(tmp_path):
     with pytest.raises(ValueError, match='the third shard is broken'): next(_Run(Broken(), LINE, tmp_path, 0, 'cpu', None, None, False).batches(2))
 
 
+def test_a_shorter_decay_stays_at_its_end(tmp_path):
+    train(Line(), LINE | dict(steps=8, decay_steps=4, log_every=1), tmp_path, device='cpu', progress=False)
+    assert losses(tmp_path, 'learning_rate').tolist()[4:] == [0]*4
+
+
 class Judged(Line):
     "Held-out numbers that are best at the start."
     def validate(self, model): return {'validation_loss': float(self.steps)}
