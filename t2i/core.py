@@ -102,7 +102,7 @@ def _check_preset(path, read):
                 wanted = kinds(section, *inner)
                 if wanted and _kind(v) not in wanted: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it should be {' or '.join(sorted(wanted))}")
                 if inner[-1] in SHARES and not (isinstance(v, (int, float)) and 0 <= v <= 1): raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it is a share, from 0 to 1")
-                if inner[-1] in COUNTS and v < 1: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it must be at least 1")
+                if inner[-1] in COUNTS and isinstance(v, (int, float)) and v < 1: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it must be at least 1")
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
@@ -157,7 +157,7 @@ def keep_freed_memory():
     "Let this process keep freed memory for its next tensor. Only glibc has the switch; elsewhere nothing happens."
     if not sys.platform.startswith('linux'): return
     mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), 'mallopt', None), -1, -3  # names of malloc.h
-    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)): mallopt(trim_threshold, 2**31 - 1)  # an older one takes half of that half again: 32 MB at most
+    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)): mallopt(trim_threshold, 2**31 - 1)  # an older one takes 32 MB at most
 
 keep_freed_memory()
 

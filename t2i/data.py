@@ -594,8 +594,8 @@ def prepare(
     from tqdm.auto import tqdm
     state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
-    settings = {'image_size': image_size, 'clip': _clip_name(clip), 'class_captions': class_captions, 'probe': _probe(clip)}
-    _check_out(out, shards, settings, clip)
+    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': _probe(clip)}
+    _check_out(out, shards, settings)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
     mine = tuple(f'.{s.name}.safetensors.' for s in todo) + ('.statistics.safetensors.', '.report.json.')*state.is_main_process
     for path in chain(out.glob('*/.*'), out.glob('.*')):  # what a kill left behind
@@ -634,7 +634,7 @@ def _named(sources, class_captions) -> list:
     return shards
 
 
-def _check_out(out, shards, settings, clip):
+def _check_out(out, shards, settings):
     "A prepared folder is made from one set of sources, with one setting."
     names = {s.name for s in shards}
     for path in chain(*((out/s).glob('*.safetensors') for s in SPLITS)):
@@ -647,11 +647,8 @@ def _check_out(out, shards, settings, clip):
         except (ValueError, KeyError): continue
         was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        if not _same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {_clip_name(clip)}: prepare into another folder, or delete it")
+        if not _same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
         break
-
-
-def _clip_name(clip) -> str: return getattr(clip, 'name', type(clip).__name__)
 
 
 def _probe(clip) -> list: return clip.encode_captions(['a picture'])[0].tolist()

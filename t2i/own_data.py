@@ -43,10 +43,10 @@ def train_on(
     preset, out = load_preset(preset), Path(out)
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
-    report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
-    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures")
     start = out/'start.json'
     if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
+    report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
+    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures")
     if PartialState().is_main_process: save_json(start, {'scratch': shipped is None})
     if on_prepared and PartialState().is_main_process: on_prepared(report)
     if shipped: load_statistics(shipped, preset.clip.embedding_size).save(out/'prepared/statistics.safetensors')  # what the weights are used to

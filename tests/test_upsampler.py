@@ -1,5 +1,7 @@
 """The 64→256 upsamplers: the published names and shapes, what a picture depends on, labels, and the training of our own."""
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import t2i
 from t2i.cli import app
 from t2i.core import Preset, from_uint8, load_preset, make_generators, save_weights
-from t2i.data import EMOJI_SETS, PreparedDataset, Statistics, draw_large, load_emoji
+from t2i.data import EMOJI_SETS, PreparedDataset, Statistics, draw_large, fetch_npm, load_emoji
 from t2i.decoder import training_draws
 from t2i.diffusion import Diffusion, PerfectDenoiser
 from t2i.pipeline import TextToImage
@@ -331,6 +333,16 @@ def test_large_pictures_are_drawn_in_the_order_of_the_shards_and_once(npm_cache,
     assert lost.exists() and kept.stat().st_mtime_ns == before
     draw_large(tmp_path/'large', 16, npm_cache, limit=4, rows_per_shard=2, progress=False)  # other pictures, of another size
     assert PreparedDataset(out/'train').images(torch.arange(4)).shape == (4, 16, 16, 3) and PreparedDataset(out/'train').keys == list(load_emoji('train', ['key']).key[:4])
+
+
+def test_processes_may_fetch_a_package_at_once(tmp_path, monkeypatch):
+    "With an npm that packs a file; what it leaves is the folder and nothing else."
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin/npm').write_text("#!/bin/sh\nmkdir package && echo hello > package/icons.json && sleep 0.3 && tar czf p.tgz package && rm -r package && echo p.tgz\n")
+    (tmp_path/'bin/npm').chmod(0o755)
+    monkeypatch.setenv('PATH', f"{tmp_path/'bin'}:{os.environ['PATH']}")
+    with ThreadPoolExecutor(3) as pool: folders = list(pool.map(lambda _: fetch_npm('@icons/some', '1.0', tmp_path/'cache'), range(3)))
+    assert set(folders) == {tmp_path/'cache/some-1.0'} and (folders[0]/'icons.json').read_text() == 'hello\n' and os.listdir(tmp_path/'cache') == ['some-1.0']
 
 
 def test_training_without_npm_or_larger_pictures_says_so(monkeypatch, tmp_path):
