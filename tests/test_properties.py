@@ -162,10 +162,12 @@ def test_wide_networks_compute_what_their_literal_sums_do(emoji, monkeypatch):
     assert size < 1.1*sum(p.nbytes for p in (*network.parameters(), *(p.grad for p in network.parameters() if p.grad is not None))) and len(pickle.dumps(emoji.decoder)) < 1.1*sum(p.nbytes for p in emoji.decoder.parameters())
 
 
-def test_a_compiled_pipeline_of_wide_networks_is_one_graph(emoji):
+def test_a_compiled_pipeline_of_wide_networks_is_one_graph(emoji, monkeypatch):
     from t2i.pipeline import TextToImage
     compiled = TextToImage.from_preset('emoji', device='cpu').compile(backend='eager', fullgraph=True)
-    ours, theirs = (np.asarray(p('a red apple', generator=1)[0], int) for p in (emoji, compiled))
+    ours = np.asarray(emoji('a red apple', generator=1)[0], int)
+    monkeypatch.setattr('t2i.convolution._filters', lambda weight: 1/0)  # the compiler is given convolutions as they are
+    theirs = np.asarray(compiled('a red apple', generator=1)[0], int)
     assert np.abs(ours - theirs).max() <= 1  # its convolutions are the literal sums
 
 
