@@ -27,7 +27,9 @@ def emoji(tmp_path, monkeypatch):
     write_shards(table, tmp_path/'shards')
     monkeypatch.setattr(data, 'SHARDS', tmp_path/'shards')
     monkeypatch.chdir(tmp_path)
-    return data.recoloured_emoji()
+    data.keyword_concepts.cache_clear()
+    yield data.recoloured_emoji()
+    data.keyword_concepts.cache_clear()
 
 
 @pytest.fixture

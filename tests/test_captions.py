@@ -1,0 +1,63 @@
+"""How captions are read, and which ones the text encoder learns from."""
+import re
+
+import pytest
+import torch
+
+from t2i import clip as clips
+from t2i.clip import CLIP, TextTask, Vocabulary, paraphrase_recall
+from t2i.data import ENDINGS, OPENINGS, is_test_keyword, keyword_concepts, load_emoji, typed_captions
+
+
+@pytest.fixture(scope='module')
+def clip(): return CLIP.from_preset('emoji', 'cpu')
+
+
+def test_typed_captions_say_what_may_be_said():
+    table = load_emoji('train')[::25]
+    around, seen = set(' '.join(OPENINGS + ENDINGS).split()), set()
+    for row in table.itertuples():
+        captions = typed_captions(row.name, row.style, row.concept, row.keywords)
+        assert len(captions) == 8 and captions == typed_captions(row.name, row.style, row.concept, row.keywords)
+        things = [row.name, *(k for k in row.keywords if not is_test_keyword(row.concept, k))]
+        for caption in captions:
+            said = re.sub(rf', {row.style} style$', '', caption)
+            assert any(t in said or re.sub('(?=,|$)', 's', t, count=1) in said for t in things), caption
+            held_out = {w for k in row.keywords if is_test_keyword(row.concept, k) for w in k.split()} - {w for t in things for w in re.split(r'[\s,]+', t)} - around
+            assert not held_out & set(said.split()), caption
+        seen.update(captions)
+    assert {o for o in OPENINGS if any(c.startswith(f'{o} ') for c in seen)} == {o for o in OPENINGS if o} and all(any(e in c for c in seen) for e in ENDINGS)
+
+
+@pytest.mark.parametrize('typed, read', [
+    ('Two red APPLES', 'two red apple'), ('foxes, potatoes and strawberries', 'fox, potato and strawberry'), ('a glass with stars', 'a glass with stars'),
+    ('a cup of coffee', 'a cup of hot beverage'), ('two ravens.', 'two black bird .'), ('a shiny apple', 'a shiny apple'), ('grandma wearing eyeglasses', 'old woman wearing glasses'),
+    ('a 🍎, please', 'a red apple , please'), ('a corgi', 'a corgi'), ('woman firefighter, medium skin tone, noto style', 'woman firefighter, medium skin tone, noto style')])
+def test_captions_are_spelled_in_known_words(clip, typed, read):
+    assert clip.tokenize.spell(typed).replace(' ,', ',').replace(' .', '.') == read.replace(' ,', ',').replace(' .', '.')
+    assert torch.equal(clip.tokenize([typed]), clip.tokenize([read]))
+
+
+def test_training_captions_are_read_as_they_are(clip):
+    for caption in load_emoji('train', ['captions']).captions[::40].explode():
+        assert clip.tokenize.spell(caption).replace(' ', '') == clip.tokenize.tokenizer.clean_fn(caption).lower().replace(' ', '')
+
+
+def test_the_paraphrase_test_looks_nothing_up(clip, monkeypatch):
+    table = load_emoji('test')[:60]
+    learned = paraphrase_recall(clip, table)
+    words = learned.keyword[[not clip.tokenize.knows(w) for w in learned.keyword]]
+    assert len(words) and set(words.str.lower()) & keyword_concepts().keys()
+    monkeypatch.setattr(clip.tokenize, 'synonyms', dict)
+    assert paraphrase_recall(clip, table).equals(learned)
+
+
+def test_the_text_encoder_learns_from_typed_captions(clip, monkeypatch):
+    table = load_emoji('train')[:20]
+    monkeypatch.setattr(clips, 'load_emoji', lambda split=None, columns=None, folder=None: table)
+    task = TextTask(clip, 'smoke')
+    row = table.iloc[3]
+    expected = clip.tokenize([*row.captions, *typed_captions(row['name'], row['style'], row.concept, row.keywords)])
+    assert torch.equal(task.pairs.tokens[3], expected) and (expected == Vocabulary.unknown).any()
+    drawn = {tuple(task.batch(torch.tensor([3]), [torch.Generator().manual_seed(i)])[1][0].tolist()) for i in range(200)}
+    assert len(drawn) > 10 and drawn <= {tuple(t.tolist()) for t in expected}
