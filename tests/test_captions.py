@@ -6,7 +6,7 @@ import torch
 
 from t2i import clip as clips
 from t2i.clip import CLIP, TextTask, Vocabulary, paraphrase_recall
-from t2i.data import ENDINGS, OPENINGS, is_test_keyword, keyword_concepts, load_emoji, typed_captions
+from t2i.data import ENDINGS, OPENINGS, WITH, is_test_keyword, keyword_concepts, load_emoji, typed_captions
 
 
 @pytest.fixture(scope='module')
@@ -15,14 +15,14 @@ def clip(): return CLIP.from_preset('emoji', 'cpu')
 
 def test_typed_captions_say_what_may_be_said():
     table = load_emoji('train')[::25]
-    around, seen = set(' '.join(OPENINGS + ENDINGS).split()), set()
+    around, seen = set(' '.join(OPENINGS + WITH + ENDINGS).split()), set()
     for row in table.itertuples():
         captions = typed_captions(row.name, row.style, row.concept, row.keywords)
         assert len(captions) == 8 and captions == typed_captions(row.name, row.style, row.concept, row.keywords)
         things = [row.name, *(k for k in row.keywords if not is_test_keyword(row.concept, k))]
         for caption in captions:
             said = re.sub(rf', {row.style} style$', '', caption)
-            assert any(t in said or re.sub('(?=,|$)', 's', t, count=1) in said for t in things), caption
+            assert any(v in said for t in things for w in WITH for v in (t.replace(' with ', f' {w} '), re.sub('^([^,]*[^,s])(?=,|$)', r'\1s', t).replace(' with ', f' {w} '))), caption
             held_out = {w for k in row.keywords if is_test_keyword(row.concept, k) for w in k.split()} - {w for t in things for w in re.split(r'[\s,]+', t)} - around
             assert not held_out & set(said.split()), caption
         seen.update(captions)
