@@ -77,7 +77,7 @@ class Vocabulary:
             names = self.synonyms()
             return names.get(word) or names.get(word.removesuffix('s')) or word
         text = re.sub(r'[^\w\s]', words, re.sub('[\u200d\ufe0f]', ' ', self.tokenizer.clean_fn(caption)))  # without what joins and colours them
-        return ' '.join(re.sub(rf'\w+\b{NOUN_ENDS}', synonym, re.sub(r'\w{3,}s\b', singular, text.lower())).split())
+        return ' '.join(re.sub(rf"\w[\w'’-]*\b{NOUN_ENDS}", synonym, re.sub(r'\w{3,}s\b', singular, text.lower())).split())
 
     def __call__(self, captions: list) -> torch.Tensor:
         "int64 [N, context_length]; a caption that is too long is cut, with a warning that shows where."
