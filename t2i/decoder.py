@@ -25,7 +25,7 @@ from .train import Task
 from .unet import UNet
 
 # %% ../nbs/03_decoder.ipynb #800de916
-OF_TRAINING = ('drop', 'augment', 'finish')  # keys of [decoder] that are no matter of the network
+OF_TRAINING = ('drop', 'augment', 'finish')  # keys of [decoder] that do not concern the network
 
 def make_decoder(
     preset='emoji',  # name, path, or a preset

@@ -161,7 +161,7 @@ def pipe():
 def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
     expert = TextToImage.from_preset('emoji', 'cpu').clip
     found = judge.judge_variants(pipe, expert, TrainingPictures('cpu', limit=8), draw_pairs(8, judge.SEED), tmp_path)
-    assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(COMPOSED) and len(found['goals']) == 8
+    assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(COMPOSED) and len(found['goals']) == 9
     assert 0 < found['variants'][REAL]['recall@1'] <= found['variants'][REAL]['recall@10'] and found['variants'][REAL]['copies'] == 0
     full, decoder = (found['variants'][name] for name in ('Full pipeline', 'Image decoder only'))
     assert found['goals']['FID of the full pipeline / image decoder only']['found'] == pytest.approx(full['fid']/decoder['fid'])
