@@ -7,8 +7,8 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji',
            'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg', 'rasterise', 'webp',
            'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji', 'write_shards', 'load_emoji',
-           'Undecodable', 'decode_image', 'decodable', 'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured',
-           'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
+           'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'keyword_concepts', 'emoji_svgs', 'draw_large',
+           'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
            'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
@@ -338,6 +338,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise Undecodable(f"these {len(data)} bytes are not a picture that Pillow can decode ({type(e).__name__}): skip it or mend the file") from None
 
 
+def emoji_pixels(table: pd.DataFrame) -> np.ndarray:
+    "The pictures of a table of emoji, uint8 [N, S, S, 3]."
+    return np.stack([np.asarray(decode_image(i)) for i in table['image']])
+
+
 def decodable(table: pd.DataFrame) -> pd.DataFrame:
     "The rows whose picture can be decoded; a warning names the others."
     def works(data):
@@ -411,7 +416,7 @@ def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
     rows = []
     for first in tqdm(range(0, len(table), 500), desc='recolouring', unit_scale=500, unit=' pictures', disable=not progress):
         part = table[first:first + 500]
-        pictures = from_uint8(np.stack([decode_image(i) for i in part['image']]))
+        pictures = from_uint8(emoji_pixels(part))
         hues = main_hue(pictures)
         for colour, (low, high) in COLOURS.items():
             chosen = [i for i, (hue, name, tone) in enumerate(zip(hues.tolist(), part['name'], part.tone)) if hue == hue and not tone and coloured(name, colour)]
