@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randn
+from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
 from .data import decodable, emoji_pixels, load_emoji
 from .diffusion import Diffusion
 from .train import Task
@@ -101,7 +101,7 @@ class ClassifierTask(Task):
     def batch(self, indices, generators, examples=None):
         images, labels = examples or self.training
         x_0 = from_uint8(images[indices])
-        t = torch.cat([torch.randint(self.diffusion.timesteps, (1,), generator=g) for g in generators])
+        t = randint(self.diffusion.timesteps, generators)
         return self.diffusion.q_sample(x_0, t, randn(x_0.shape[1:], generators)), t, *(answers[indices] for answers in labels.values())
 
     def loss(self, model, batch):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, save_weights, square, from_uint8
+from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, randint, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
 from .data import decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task
@@ -404,7 +404,7 @@ class TextTask(ClipTask):
         n = round(self.share*len(indices))
         x, tokens = self.pairs.draw(indices[n:], generators[n:])
         if not n: return x, tokens
-        chosen = torch.cat([torch.randint(len(self.recoloured.images), (1,), generator=g) for g in generators[:n]])
+        chosen = randint(len(self.recoloured.images), generators[:n])
         return tuple(torch.cat(both) for both in zip(self.recoloured.draw(chosen, generators[:n], tint=0.), (x, tokens)))
 
     def loss(self, model, batch):

@@ -6,9 +6,9 @@
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test',
            'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'uses_bfloat16',
            'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'image_seeds', 'make_generators', 'randn',
-           'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json',
-           'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure',
-           'save_table']
+           'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path',
+           'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path',
+           'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -200,6 +200,16 @@ def randn(
     "Standard normal noise of shape [n, *shape], one generator per image."
     noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device).cpu() for g in generators])
     return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)  # a GPU fetches it while it computes
+
+
+def rand(generators: list) -> torch.Tensor:
+    "Uniform in [0, 1), a number from each generator, [N]."
+    return torch.cat([torch.rand(1, generator=g) for g in generators])
+
+
+def randint(high: int, generators: list) -> torch.Tensor:
+    "LongTensor [N] below `high`, one from each generator."
+    return torch.cat([torch.randint(high, (1,), generator=g) for g in generators])
 
 # %% ../nbs/00_core.ipynb #7954930d
 def on_white(image: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .colours import turn_hue
 from .convolution import weights_stay
-from .core import autocast, from_uint8, load_preset, make_generators, randn
+from .core import autocast, from_uint8, load_preset, make_generators, rand, randint, randn
 from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
 from .guidance import classifier_free, dynamic_threshold, static_threshold
@@ -57,9 +57,9 @@ def training_draws(
 ) -> tuple:  # t LongTensor [N], noise like x_0, drop bool [N]
     "What a training step draws for each image (Algorithm 2, lines 4 to 6)."
     generators = make_generators(generator, len(x_0))
-    t = torch.cat([torch.randint(diffusion.timesteps, (1,), generator=g) for g in generators])
+    t = randint(diffusion.timesteps, generators)
     noise = randn(x_0.shape[1:], generators)
-    drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < p
+    drop = rand(generators) < p
     return t.to(x_0.device), noise.to(x_0), drop.to(x_0.device)
 
 
