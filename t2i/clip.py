@@ -202,9 +202,9 @@ class CLIP:
         "A small CLIP with the weights in `path`; its vocabulary is in the file's header."
         tensors, metadata = load_weights(path)
         if 'pieces' not in metadata: raise ValueError(f"{path} is not one of t2i's CLIP files: its header has no vocabulary; train one with `t2i train clip`")
-        clip = cls.small(config, metadata['pieces'], device='cpu')
+        clip = cls.small(config, metadata['pieces'], device)
         load_into(clip.model, tensors, path)
-        return cls(clip.model, clip.tokenize, clip.image_size, device=device, name='small')
+        return clip
 
     @classmethod
     def from_preset(cls, preset='emoji', device=None, folder=None):
