@@ -466,12 +466,18 @@ class Statistics:
     text: 'Standardizer | None' = None
 
     @classmethod
-    def load(cls, path):
-        tensors, _ = load_weights(path)
+    def of(cls, tensors: dict):
+        "From such tensors as `state_dict` names."
         return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) for kind in ('image', 'text') if f'{kind}_mean' in tensors))
 
-    def save(self, path):
-        return save_weights(path, {f'{kind}_{part}': getattr(s, part) for kind in ('image', 'text') if (s := getattr(self, kind)) for part in ('mean', 'std')})
+    def state_dict(self) -> dict:
+        "image_mean, image_std, text_mean, text_std, each [D]."
+        return {f'{kind}_{part}': getattr(s, part) for kind in ('image', 'text') if (s := getattr(self, kind)) for part in ('mean', 'std')}
+
+    @classmethod
+    def load(cls, path): return cls.of(load_weights(path)[0])
+
+    def save(self, path): return save_weights(path, self.state_dict())
 
     @classmethod
     def unit(cls, size): return cls(*(Standardizer(torch.zeros(size), torch.ones(size)) for _ in range(2)))

@@ -141,8 +141,7 @@ class TextToImage:
 
     def fingerprints(self) -> dict:
         "model → 16 hexadecimal digits that change with any of its weights."
-        states = {'clip': self.clip.model.state_dict()} | {name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}
-        states['statistics'] = {f'{kind}_{part}': getattr(getattr(self.statistics, kind), part) for kind in ('image', 'text') for part in ('mean', 'std')}
+        states = {'clip': self.clip.model.state_dict(), **{name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}, 'statistics': self.statistics.state_dict()}
         found = {}
         for model, state in states.items():
             digest = hashlib.blake2b(digest_size=8)
