@@ -7,9 +7,9 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji',
            'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg', 'rasterise', 'webp',
            'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji', 'write_shards', 'load_emoji',
-           'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'keyword_concepts', 'emoji_svgs', 'draw_large',
-           'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
-           'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
+           'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture', 'keyword_concepts', 'emoji_svgs',
+           'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments',
+           'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from .colours import COLOURS, colour_name, coloured, main_hue, turn_hue
 from .core import ASSETS, atomic_path, from_uint8, get_device, load_weights, on_white, process_state, save_json, save_weights, square, to_uint8
-from .readers import MAX_BYTES, VALIDATION, Sample, Shard, Skipped, find_shards, hash_fraction
+from .readers import MAX_BYTES, PICTURES, VALIDATION, CocoCaptions, Sample, Shard, Skipped, find_shards, hash_fraction
 
 # %% ../nbs/01_data.ipynb #f36e6995
 SHARDS = ASSETS/'emoji/shards'
@@ -352,6 +352,22 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
     good = table['image'].map(works).astype(bool)
     if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
     return table[good].reset_index(drop=True)
+
+# %% ../nbs/01_data.ipynb #745ea10c
+def find_picture(
+    what: 'str | int | Path',  # a file, the id of a COCO picture, or the caption of an emoji
+    data: 'str | Path | None' = None,  # folder of MS-COCO, for ids
+) -> Image.Image:
+    "A picture that an experiment starts from, RGB."
+    if str(what).isdigit():
+        if data is None: raise ValueError(f"{what} is the id of a COCO picture: name the folder of MS-COCO, data=…")
+        what = CocoCaptions(data).path(int(what))
+    if Path(what).suffix.lower() in PICTURES:
+        if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
+        return on_white(Image.open(what))
+    emoji = load_emoji(None, ['image', 'caption'])
+    if what not in set(emoji.caption): raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or the caption of an emoji, such as 'red apple, noto style'")
+    return decode_image(emoji.image[emoji.caption == what].iloc[0])
 
 # %% ../nbs/01_data.ipynb #49769f2f
 @cache
