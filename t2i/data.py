@@ -201,11 +201,11 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared, 0)/a.shape[1])
 
 
-def near_duplicates(marks: tuple, groups: np.ndarray, chunk: int = 1000) -> np.ndarray:
+def near_duplicates(marks: tuple, groups: np.ndarray) -> np.ndarray:
     "bool [N]: whether a picture has a near-duplicate outside its own group."
     found = np.zeros(len(groups), bool)
-    for i in range(0, len(groups), chunk):
-        rows = slice(i, i + chunk)
+    for i in range(0, len(groups), 1000):
+        rows = slice(i, i + 1000)
         other = groups[rows, None] != groups[None]
         for m in marks: found[rows] |= ((distances(m[rows], m) < NEAR_DUPLICATE) & other).any(1)
     return found

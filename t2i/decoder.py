@@ -106,7 +106,6 @@ def decode(
     thresholding: str = 'dynamic',  # 'dynamic', 'static' or 'none'
     percentile: float = 99.5,  # of dynamic thresholding
     hook=None,  # (x, t) → x, called after every step
-    progress: bool = False,
 ) -> Tensor:  # images [N, 3, H, W] in [-1, 1], on the network's device
     "Draw one image for each embedding (Algorithm 1). The same generator draws the same image, in a batch of any size."
     if model.training: raise ValueError("the decoder is in training mode and would drop activations at random: call model.eval() first")
@@ -115,7 +114,7 @@ def decode(
     x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device)
     with torch.no_grad(), autocast(device), weights_stay():
         denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile)
-        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook, progress=progress).clamp(-1, 1)
+        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
 
 # %% ../nbs/03_decoder.ipynb #5c7194cb
 def draw_augmentation(
