@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .core import Preset, load_into, load_weights, save_weights
-from .data import Standardizer, Statistics
+from .data import Statistics
 
 # %% ../nbs/lib/checkpoints.ipynb #baaf1363
 SOURCE = 'https://github.com/epfml/text_to_image_generation'
@@ -88,7 +88,7 @@ def load_statistics(
         if list(tensor.shape) != [embedding_size]:
             raise ValueError(f"{paths[key]} does not fit: {key} is of shape {list(tensor.shape)} in the file and {[embedding_size]} in the preset; "
                              "set clip.embedding_size and clip.model in the preset to the CLIP that it was made with")
-    return Statistics(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) for kind in ('image', 'text')))
+    return Statistics.of(tensors)
 
 # %% ../nbs/lib/checkpoints.ipynb #0c036452
 PLAIN_CAPTIONS = ['a photo of a dog', 'a red apple on a table', 'two people riding bicycles', 'a blue car',

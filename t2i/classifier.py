@@ -8,13 +8,12 @@ __all__ = ['NoisyClassifier', 'make_classifier', 'emoji_classes', 'ClassifierTas
 # %% ../nbs/lib/classifier.ipynb #17de1aff
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randn
-from .data import decodable, decode_image, load_emoji
+from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
+from .data import decodable, emoji_pixels, load_emoji
 from .diffusion import Diffusion
 from .train import Task
 from .unet import GroupNorm32, UNet
@@ -94,7 +93,7 @@ class ClassifierTask(Task):
         self.model = make_classifier(self.preset, self.classes)
 
     def _examples(self, table):
-        images = torch.as_tensor(np.stack([np.asarray(decode_image(i)) for i in table['image']]))
+        images = torch.as_tensor(emoji_pixels(table))
         return images, {q: torch.tensor([answers.index(v) for v in table[q]]) for q, answers in self.classes.items()}
 
     def __len__(self): return len(self.training[0])
@@ -102,7 +101,7 @@ class ClassifierTask(Task):
     def batch(self, indices, generators, examples=None):
         images, labels = examples or self.training
         x_0 = from_uint8(images[indices])
-        t = torch.cat([torch.randint(self.diffusion.timesteps, (1,), generator=g) for g in generators])
+        t = randint(self.diffusion.timesteps, generators)
         return self.diffusion.q_sample(x_0, t, randn(x_0.shape[1:], generators)), t, *(answers[indices] for answers in labels.values())
 
     def loss(self, model, batch):

@@ -371,7 +371,7 @@ def pack(
     out: Optional[Path] = typer.Option(None, help="Folder for the weights; default: the preset's place in the package."),
 ):
     "Write the float16 weights, the statistics and the logs of a run to one folder, for `--folder` or to ship; with the CLIP that it used."
-    import shutil
+    from t2i.data import Statistics
     settings = load_preset(preset)
     if not (out or settings.get('weights')): raise ValueError(f"the preset {settings.name!r} has no place in the package for weights: name a folder with --out")
     runs, out = runs or Path('runs')/settings.name, out or ASSETS/settings.weights
@@ -385,13 +385,10 @@ def pack(
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
     statistics = (prepared or runs/'prepared')/'statistics.safetensors'
-    if statistics.exists():
-        tensors, metadata = load_weights(statistics)
-        written.append(save_weights(out/'statistics.safetensors', tensors, metadata))
+    if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
     if 'model' not in settings.clip and not _clip_weights(runs):  # the run used a CLIP that it had not trained; OpenAI's are found by their name
-        clip = _clip(settings, runs, 'cpu')
-        written.append(save_weights(out/'clip.safetensors', clip.model.state_dict(), {'pieces': clip.tokenize.pieces}, torch.float16))
+        written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))
     for path in dict.fromkeys(written): typer.echo(f'{path}  {path.stat().st_size/1e6:.2f} MB')
 
 # %% ../nbs/lib/cli.ipynb #399edb67

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, save_weights, square, from_uint8
+from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, randint, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
-from .data import decodable, decode_image, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
+from .data import decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task
 
 # %% ../nbs/lib/clip.ipynb #85bc70a7
@@ -202,9 +202,9 @@ class CLIP:
         "A small CLIP with the weights in `path`; its vocabulary is in the file's header."
         tensors, metadata = load_weights(path)
         if 'pieces' not in metadata: raise ValueError(f"{path} is not one of t2i's CLIP files: its header has no vocabulary; train one with `t2i train clip`")
-        clip = cls.small(config, metadata['pieces'], device='cpu')
+        clip = cls.small(config, metadata['pieces'], device)
         load_into(clip.model, tensors, path)
-        return cls(clip.model, clip.tokenize, clip.image_size, device=device, name='small')
+        return clip
 
     @classmethod
     def from_preset(cls, preset='emoji', device=None, folder=None):
@@ -304,7 +304,7 @@ def recall(
 
 def clip_recall(clip: CLIP, table, k: int = 1) -> dict:
     "Recall at k over the rows of an emoji table, by (concept, style) whatever the tone."
-    images = clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in table['image']]), normalize=True)
+    images = clip.encode_images(emoji_pixels(table), normalize=True)
     return recall(images, clip.encode_captions(list(table.caption), normalize=True), table.concept + '/' + table['style'], k)
 
 # %% ../nbs/lib/clip.ipynb #f0d789d9
@@ -323,7 +323,7 @@ def augment(x: torch.Tensor, generators: list, shift=0.1, scale=0.2, turn=0.25, 
 class _Pairs:
     "Pictures, changed a little, with one of their captions: the first with a chance of `canonical`."
     def __init__(self, table, tokenize, canonical):
-        self.images = torch.as_tensor(np.stack([np.asarray(decode_image(i)) for i in table['image']]))
+        self.images = torch.as_tensor(emoji_pixels(table))
         self.tokens = torch.stack([tokenize(list(c)) for c in table.captions])
         others = self.tokens.shape[1] - 1
         self.chances = torch.tensor([canonical] + [(1 - canonical)/others]*others)
@@ -372,7 +372,7 @@ def colour_recall(
     table,  # of `recoloured` emoji
 ) -> float:
     "The share of pictures for which the caption with the right colour has the highest cosine, among seven that differ in nothing else."
-    images = clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in table['image']]), normalize=True)
+    images = clip.encode_images(emoji_pixels(table), normalize=True)
     captions = clip.encode_captions([f"{coloured(name, colour)}, {style} style" for name, style in zip(table['name'], table['style']) for colour in COLOURS], normalize=True)
     found = (images[:, None]*captions.view(len(table), len(COLOURS), -1)).sum(2).argmax(1)
     return float((np.array(list(COLOURS))[found.numpy()] == table.colour.values).mean())
@@ -404,7 +404,7 @@ class TextTask(ClipTask):
         n = round(self.share*len(indices))
         x, tokens = self.pairs.draw(indices[n:], generators[n:])
         if not n: return x, tokens
-        chosen = torch.cat([torch.randint(len(self.recoloured.images), (1,), generator=g) for g in generators[:n]])
+        chosen = randint(len(self.recoloured.images), generators[:n])
         return tuple(torch.cat(both) for both in zip(self.recoloured.draw(chosen, generators[:n], tint=0.), (x, tokens)))
 
     def loss(self, model, batch):
@@ -424,7 +424,7 @@ def neighbour_recall(
     training,  # table of the emoji that were trained on
 ) -> dict:  # nearest, average
     "The share of held-out pictures whose concept is that of the nearest training picture, or of the nearest average one, among the training pictures of the held-out concepts."
-    encode = lambda t: clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in t['image']]), normalize=True)
+    encode = lambda t: clip.encode_images(emoji_pixels(t), normalize=True)
     training = decodable(training[training.concept.isin(table.concept)])
     similarity, concepts = encode(table)@encode(training).T, np.unique(training.concept)
     of_concept = [similarity[:, np.flatnonzero(training.concept == c)] for c in concepts]
@@ -436,7 +436,7 @@ def paraphrase_recall(clip: CLIP, table, k: int = 10) -> pd.DataFrame:
     "A row for each held-out keyword of an emoji table's concepts: whether one of the k nearest pictures has it, how many pictures have it, and the chance of k random ones; and the same for pictures of concepts whose captions never say it."
     words = table.drop_duplicates('concept').explode('keywords').dropna(subset=['keywords'])
     words = words[[is_test_keyword(c, w) and c != w for c, w in zip(words.concept, words.keywords)]]
-    pictures = clip.encode_images(np.stack([np.asarray(decode_image(i)) for i in table['image']]), normalize=True)
+    pictures = clip.encode_images(emoji_pixels(table), normalize=True)
     reader = CLIP(clip.model, Vocabulary(clip.tokenize.pieces, clip.tokenize.context_length, synonyms=dict), clip.image_size, device=clip.device)  # what it has learned, without looking anything up
     captions = reader.encode_captions([f'a {w}' for w in words.keywords], normalize=True)
     nearest = (captions@pictures.T).topk(k, 1).indices.numpy()

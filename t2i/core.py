@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test',
-           'MissingKey', 'Preset', 'preset_names', 'load_preset', 'get_device', 'uses_bfloat16', 'process_state',
-           'autocast', 'keep_freed_memory', 'seeded', 'image_seeds', 'make_generators', 'randn', 'on_white', 'square',
-           'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
-           'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
+           'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'uses_bfloat16',
+           'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'image_seeds', 'make_generators', 'randn',
+           'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path',
+           'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path',
+           'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -68,41 +69,41 @@ def load_preset(
 
 
 NETWORKS = 'decoder', 'upsampler', 'classifier'  # sections that set up a U-Net
-MORE_KEYS = {'diffusion': {'robust'}} | dict.fromkeys(NETWORKS, {'scale_shift', 'rescale_attention', 'linear_projection', 'num_heads', 'out_channels'})  # in none of the package's presets
+MORE_KEYS = dict.fromkeys(('diffusion.robust', 'decoder.scale_shift', 'decoder.rescale_attention', 'decoder.linear_projection'), 'true or false') | {'upsampler.sampling.label': 'a whole number'}  # in none of the package's presets
 COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'model_channels', 'width', 'expansion'}
 SHARES = {'drop', 'dropout', 'augment', 'recoloured', 'redrawn', 'share'}
-
-
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', list: 'a list', dict: 'a section', object: 'a date'}
 
 def _kind(value): return next(name for kind, name in KINDS.items() if isinstance(value, kind))
 
 
+def flat(nested: dict, within: str = '') -> dict:
+    "A nested dictionary as one of dotted names, each section before what is in it."
+    found = {}
+    for key, value in nested.items():
+        found[f'{within}{key}'] = value
+        if isinstance(value, dict): found |= flat(value, f'{within}{key}.')
+    return found
+
+
 def _check_preset(path, read):
-    "Sections, keys and the kinds of values, against those of the presets that ship."
-    def refuse(what, value, known): raise ValueError(f"{path} has {what} {value!r}, which no preset of the package has: use one of {', '.join(difflib.get_close_matches(value, known, 3) or sorted(known))}")
-    ours = [load_preset(name) for name in preset_names()]
-    def kinds(*keys):
-        found = ours
-        for key in keys: found = [s[key] for s in found if isinstance(s, dict) and key in s]
-        found = {_kind(v) for v in found}
-        return found | {'a whole number'} if 'a number' in found else found
-    for section, values in read.items():
-        if not kinds(section): refuse('a section' if isinstance(values, dict) else 'a key', section, set().union(*ours))
-        if _kind(values) not in kinds(section): raise ValueError(f"{section} is {values!r} in {path}: it should be {' or '.join(kinds(section))}")
-        if not isinstance(values, dict): continue
-        known = set().union(*(p.get(s, ()) for p in ours for s in (NETWORKS if section in NETWORKS else [section]))) | MORE_KEYS.get(section, set())
-        for key, value in values.items():
-            if key not in known: refuse(f'in [{section}] the key', key, known)
-            if isinstance(value, dict) and section not in ('clip', 'train'):  # open_clip knows its own keys, `make_config` those of a training
-                inside = set().union(*(p.get(section, {}).get(key, ()) for p in ours), *(p['diffusion'] for p in ours if key in ('diffusion', 'finish')), MORE_KEYS['diffusion'])
-                for inner in value:
-                    if inner not in inside: refuse(f'in [{section}.{key}] the key', inner, inside)
-            for *inner, v in [(key, value), *((key, k, v) for k, v in (value.items() if isinstance(value, dict) else ()))]:
-                wanted = kinds(section, *inner)
-                if wanted and _kind(v) not in wanted: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it should be {' or '.join(sorted(wanted))}")
-                if inner[-1] in SHARES and not (isinstance(v, (int, float)) and 0 <= v <= 1): raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it is a share, from 0 to 1")
-                if inner[-1] in COUNTS and isinstance(v, (int, float)) and v < 1: raise ValueError(f"in [{section}] of {path}, {'.'.join(inner)} is {v!r}: it must be at least 1")
+    "Names, kinds and ranges of the values, against those of the presets that ship."
+    known = {}  # section → key → kinds
+    for name, kind in [*MORE_KEYS.items(), *((name, _kind(value)) for preset in preset_names() for name, value in flat(load_preset(preset)).items())]:
+        section, _, key = name.rpartition('.')
+        known.setdefault(section, {}).setdefault(key, set()).add(kind)
+    for name, value in flat(read).items():
+        section, _, key = name.rpartition('.')
+        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish')) else []
+        alike = [known.get(s, {}) for s in {section, *others}]
+        keys, kinds = set().union(*alike), set().union(*(s.get(key, ()) for s in alike))
+        if 'a number' in kinds: kinds.add('a whole number')
+        if not kinds and not section.startswith(('clip.', 'train.')):  # open_clip knows its own keys, `make_config` those of a training
+            what = f'in [{section}] the key' if section else 'a section' if isinstance(value, dict) else 'a key'
+            raise ValueError(f"{path} has {what} {key!r}, which no preset of the package has: use one of {', '.join(difflib.get_close_matches(key, keys, 3) or sorted(keys))}")
+        if kinds and _kind(value) not in kinds: raise ValueError(f"in {path}, {name} is {value!r}: it should be {' or '.join(sorted(kinds))}")
+        if key in SHARES and not (isinstance(value, (int, float)) and 0 <= value <= 1): raise ValueError(f"in {path}, {name} is {value!r}: it is a share, from 0 to 1")
+        if key in COUNTS and isinstance(value, (int, float)) and value < 1: raise ValueError(f"in {path}, {name} is {value!r}: it must be at least 1")
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
@@ -199,6 +200,16 @@ def randn(
     "Standard normal noise of shape [n, *shape], one generator per image."
     noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device).cpu() for g in generators])
     return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)  # a GPU fetches it while it computes
+
+
+def rand(generators: list) -> torch.Tensor:
+    "Uniform in [0, 1), a number from each generator, [N]."
+    return torch.cat([torch.rand(1, generator=g) for g in generators])
+
+
+def randint(high: int, generators: list) -> torch.Tensor:
+    "LongTensor [N] below `high`, one from each generator."
+    return torch.cat([torch.randint(high, (1,), generator=g) for g in generators])
 
 # %% ../nbs/00_core.ipynb #7954930d
 def on_white(image: Image.Image) -> Image.Image:

@@ -7,9 +7,9 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji',
            'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg', 'rasterise', 'webp',
            'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji', 'write_shards', 'load_emoji',
-           'Undecodable', 'decode_image', 'decodable', 'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured',
-           'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
-           'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
+           'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture', 'keyword_concepts', 'emoji_svgs',
+           'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments',
+           'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from .colours import COLOURS, colour_name, coloured, main_hue, turn_hue
 from .core import ASSETS, atomic_path, from_uint8, get_device, load_weights, on_white, process_state, save_json, save_weights, square, to_uint8
-from .readers import MAX_BYTES, VALIDATION, Sample, Shard, Skipped, find_shards, hash_fraction
+from .readers import MAX_BYTES, PICTURES, VALIDATION, CocoCaptions, Sample, Shard, Skipped, find_shards, hash_fraction
 
 # %% ../nbs/01_data.ipynb #f36e6995
 SHARDS = ASSETS/'emoji/shards'
@@ -201,11 +201,11 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared, 0)/a.shape[1])
 
 
-def near_duplicates(marks: tuple, groups: np.ndarray, chunk: int = 1000) -> np.ndarray:
+def near_duplicates(marks: tuple, groups: np.ndarray) -> np.ndarray:
     "bool [N]: whether a picture has a near-duplicate outside its own group."
     found = np.zeros(len(groups), bool)
-    for i in range(0, len(groups), chunk):
-        rows = slice(i, i + chunk)
+    for i in range(0, len(groups), 1000):
+        rows = slice(i, i + 1000)
         other = groups[rows, None] != groups[None]
         for m in marks: found[rows] |= ((distances(m[rows], m) < NEAR_DUPLICATE) & other).any(1)
     return found
@@ -338,6 +338,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise Undecodable(f"these {len(data)} bytes are not a picture that Pillow can decode ({type(e).__name__}): skip it or mend the file") from None
 
 
+def emoji_pixels(table: pd.DataFrame) -> np.ndarray:
+    "The pictures of a table of emoji, uint8 [N, S, S, 3]."
+    return np.stack([np.asarray(decode_image(i)) for i in table['image']])
+
+
 def decodable(table: pd.DataFrame) -> pd.DataFrame:
     "The rows whose picture can be decoded; a warning names the others."
     def works(data):
@@ -347,6 +352,22 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
     good = table['image'].map(works).astype(bool)
     if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
     return table[good].reset_index(drop=True)
+
+# %% ../nbs/01_data.ipynb #745ea10c
+def find_picture(
+    what: 'str | int | Path',  # a file, the id of a COCO picture, or the caption of an emoji
+    data: 'str | Path | None' = None,  # folder of MS-COCO, for ids
+) -> Image.Image:
+    "A picture that an experiment starts from, RGB."
+    if str(what).isdigit():
+        if data is None: raise ValueError(f"{what} is the id of a COCO picture: name the folder of MS-COCO, data=…")
+        what = CocoCaptions(data).path(int(what))
+    if Path(what).suffix.lower() in PICTURES:
+        if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
+        return on_white(Image.open(what))
+    emoji = load_emoji(None, ['image', 'caption'])
+    if what not in set(emoji.caption): raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or the caption of an emoji, such as 'red apple, noto style'")
+    return decode_image(emoji.image[emoji.caption == what].iloc[0])
 
 # %% ../nbs/01_data.ipynb #49769f2f
 @cache
@@ -411,7 +432,7 @@ def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
     rows = []
     for first in tqdm(range(0, len(table), 500), desc='recolouring', unit_scale=500, unit=' pictures', disable=not progress):
         part = table[first:first + 500]
-        pictures = from_uint8(np.stack([decode_image(i) for i in part['image']]))
+        pictures = from_uint8(emoji_pixels(part))
         hues = main_hue(pictures)
         for colour, (low, high) in COLOURS.items():
             chosen = [i for i, (hue, name, tone) in enumerate(zip(hues.tolist(), part['name'], part.tone)) if hue == hue and not tone and coloured(name, colour)]
@@ -461,12 +482,18 @@ class Statistics:
     text: 'Standardizer | None' = None
 
     @classmethod
-    def load(cls, path):
-        tensors, _ = load_weights(path)
+    def of(cls, tensors: dict):
+        "From such tensors as `state_dict` names."
         return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) for kind in ('image', 'text') if f'{kind}_mean' in tensors))
 
-    def save(self, path):
-        return save_weights(path, {f'{kind}_{part}': getattr(s, part) for kind in ('image', 'text') if (s := getattr(self, kind)) for part in ('mean', 'std')})
+    def state_dict(self) -> dict:
+        "image_mean, image_std, text_mean, text_std, each [D]."
+        return {f'{kind}_{part}': getattr(s, part) for kind in ('image', 'text') if (s := getattr(self, kind)) for part in ('mean', 'std')}
+
+    @classmethod
+    def load(cls, path): return cls.of(load_weights(path)[0])
+
+    def save(self, path): return save_weights(path, self.state_dict())
 
     @classmethod
     def unit(cls, size): return cls(*(Standardizer(torch.zeros(size), torch.ones(size)) for _ in range(2)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .colours import turn_hue
 from .convolution import weights_stay
-from .core import autocast, from_uint8, load_preset, make_generators, randn
+from .core import autocast, from_uint8, load_preset, make_generators, rand, randint, randn
 from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
 from .guidance import classifier_free, dynamic_threshold, static_threshold
@@ -57,9 +57,9 @@ def training_draws(
 ) -> tuple:  # t LongTensor [N], noise like x_0, drop bool [N]
     "What a training step draws for each image (Algorithm 2, lines 4 to 6)."
     generators = make_generators(generator, len(x_0))
-    t = torch.cat([torch.randint(diffusion.timesteps, (1,), generator=g) for g in generators])
+    t = randint(diffusion.timesteps, generators)
     noise = randn(x_0.shape[1:], generators)
-    drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < p
+    drop = rand(generators) < p
     return t.to(x_0.device), noise.to(x_0), drop.to(x_0.device)
 
 
@@ -106,7 +106,6 @@ def decode(
     thresholding: str = 'dynamic',  # 'dynamic', 'static' or 'none'
     percentile: float = 99.5,  # of dynamic thresholding
     hook=None,  # (x, t) → x, called after every step
-    progress: bool = False,
 ) -> Tensor:  # images [N, 3, H, W] in [-1, 1], on the network's device
     "Draw one image for each embedding (Algorithm 1). The same generator draws the same image, in a batch of any size."
     if model.training: raise ValueError("the decoder is in training mode and would drop activations at random: call model.eval() first")
@@ -115,7 +114,7 @@ def decode(
     x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device)
     with torch.no_grad(), autocast(device), weights_stay():
         denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile)
-        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook, progress=progress).clamp(-1, 1)
+        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
 
 # %% ../nbs/03_decoder.ipynb #5c7194cb
 def draw_augmentation(

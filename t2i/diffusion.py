@@ -11,7 +11,6 @@ import copy, math, numbers, operator
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .core import randn
 
@@ -284,12 +283,11 @@ def bits_per_dimension(
     denoiser,  # function (x_t, t) → (x_0, log_variance)
     x_0: Tensor,  # images [N, C, H, W] on the 256 levels between -1 and 1
     generators: list,  # one torch.Generator per image
-    progress: bool = False,
 ) -> dict:  # total [N], vlb [N, T] by timestep, prior [N], all in bits per dimension; mse [N, T] of the noise
     "L_vlb (3.8) of whole images, one random latent at each timestep. A `ValueError` for a process that expects errors: it is no longer the one of the bound."
     _check_trained(self)
     vlb, mse = [], []
-    for step in tqdm(range(self.timesteps), disable=not progress, leave=False):
+    for step in range(self.timesteps):
         t = torch.full((len(x_0),), step, device=x_0.device)
         noise = randn(x_0.shape[1:], generators, x_0.device).to(x_0.dtype)
         x_t = self.q_sample(x_0, t, noise)

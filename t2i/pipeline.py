@@ -17,7 +17,7 @@ from PIL import Image
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
 from .convolution import weights_stay
-from .core import ASSETS, atomic_path, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, save_json, save_weights, to_pil, to_tensor, to_uint8
+from .core import ASSETS, atomic_path, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
@@ -141,8 +141,7 @@ class TextToImage:
 
     def fingerprints(self) -> dict:
         "model → 16 hexadecimal digits that change with any of its weights."
-        states = {'clip': self.clip.model.state_dict()} | {name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}
-        states['statistics'] = {f'{kind}_{part}': getattr(getattr(self.statistics, kind), part) for kind in ('image', 'text') for part in ('mean', 'std')}
+        states = {'clip': self.clip.model.state_dict(), **{name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}, 'statistics': self.statistics.state_dict()}
         found = {}
         for model, state in states.items():
             digest = hashlib.blake2b(digest_size=8)
@@ -352,12 +351,6 @@ def _drawn_from(pipe, captions, seed, settings) -> dict:
             'upsampling': without_size(upsampling), 'weights': weights}
 
 
-def _flat(value, name: str = '') -> dict:
-    "A nested dictionary as one of dotted names."
-    if not isinstance(value, dict): return {name: value}
-    return {k: v for key, each in value.items() for k, v in _flat(each, f'{name}.{key}'.lstrip('.')).items()}
-
-
 def _keep_settings(folder: Path, new: dict):
     "Write the settings of a folder of pictures; if it has others, refuse it. Captions may only be more or fewer."
     path, new = folder/'settings.json', json.loads(json.dumps(new))
@@ -367,7 +360,7 @@ def _keep_settings(folder: Path, new: dict):
     except ValueError: old = {}
     if not isinstance(old, dict) or not isinstance(old.get('captions'), list): raise ValueError(f"{path} is incomplete, so nobody knows how the pictures beside it were drawn: name another folder, or delete this one")
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = (_flat(d | {'captions': dict(enumerate(d['captions'][:n]))}) for d in (old, new))
+    there, asked = ({k: v for k, v in flat(d | {'captions': dict(enumerate(d['captions'][:n]))}).items() if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if there.get(k) != asked.get(k)), None)
     if wrong: raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): name another folder, or delete this one")
     if len(new['captions']) > n: save_json(path, new)

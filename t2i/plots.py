@@ -127,12 +127,11 @@ def show_similarity(
     matrix,                 # [images, captions]
     captions: list = None,  # names of the columns
     images=None,            # drawn at the rows, see `as_pictures`
-    size: float = 0.55,     # width of a cell in inches
 ) -> plt.Figure:
     "A matrix of similarities as a heat map with its numbers, the images at the rows and the captions at the columns."
     matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix, dtype=float)
     rows, columns = matrix.shape
-    figure, axis = plt.subplots(figsize=(size*columns + 0.8, size*rows + (1.4 if captions else 0.1)), layout='constrained')
+    figure, axis = plt.subplots(figsize=(0.55*columns + 0.8, 0.55*rows + (1.4 if captions else 0.1)), layout='constrained')
     axis.imshow(matrix, cmap='Blues')
     for (i, j), value in np.ndenumerate(matrix):
         axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6.5, color='white' if value > (matrix.min() + matrix.max())/2 else 'black')
@@ -175,7 +174,6 @@ def plot_bars(
     values: dict,         # name → value, or name → (value, error)
     ylabel: str = '',
     floor: float = None,  # a dashed line, such as what real images get against real images
-    title: str = None,
 ) -> plt.Figure:
     "One bar per name, with an error bar where there is one."
     pairs = [v if isinstance(v, (tuple, list)) else (v, 0) for v in values.values()]
@@ -185,7 +183,7 @@ def plot_bars(
     bars = axis.bar([textwrap.fill(k, 12) for k in values], heights, 0.6, yerr=errors if any(errors) else None, capsize=3, color='steelblue')
     axis.bar_label(bars, [f'{h:.{digits}f}' for h in heights], label_type='center', color='white', fontsize=8)
     if floor is not None: axis.axhline(floor, ls='--', color='grey', lw=1)
-    axis.set(ylabel=ylabel, title=title)
+    axis.set(ylabel=ylabel)
     axis.tick_params(axis='x', labelsize=8)
     axis.spines[['top', 'right']].set_visible(False)
     plt.close(figure)

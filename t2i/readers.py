@@ -8,7 +8,7 @@ __all__ = ['PER_SHARD', 'MAX_BYTES', 'MAX_CHARACTERS', 'MAX_CAPTIONS', 'VALIDATI
            'class_shards', 'CocoCaptions', 'coco_shards', 'picture_shards', 'find_shards']
 
 # %% ../nbs/lib/readers.ipynb #e72dbcb3
-import csv, hashlib, itertools, json, math, os, re, tarfile, zipfile
+import csv, hashlib, itertools, json, math, os, tarfile, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -93,26 +93,17 @@ def make_sample(key, image, captions, split: str = ''):
 
 # %% ../nbs/lib/readers.ipynb #b0f1d971
 def _members(stream):
-    "(name, size) of the regular files in a tar, `stream` being at the first byte of each; `EOFError` or `tarfile.HeaderError` where it is cut short or damaged."
-    renamed = {}
+    "(name, size) of the regular files in a tar, `stream` being at the first byte of each; a `tarfile.HeaderError` where it is cut short or damaged."
+    tar = tarfile.TarFile(fileobj=stream)
+    tar.offset = 0
     while True:
-        block = stream.read(512)
-        if len(block) < 512: raise EOFError
-        if not any(block): return
-        if tarfile.nti(block[148:156]) != 8*32 + sum(block[:148]) + sum(block[156:]): raise tarfile.InvalidHeaderError('bad checksum')
-        size, kind, end = tarfile.nti(block[124:136]), block[156:157], stream.tell()
-        if size < 0: raise tarfile.InvalidHeaderError('negative size')
-        if kind in b'Lx':  # the next file's long name, by GNU or by POSIX
-            if size > 2**20: raise tarfile.InvalidHeaderError('a name of more than a megabyte')
-            data = stream.read(size)
-            renamed = {'path': data.rstrip(b'\0')} if kind == b'L' else {k.decode(): v for k, v in re.findall(rb'\d+ (path|size)=([^\n]*)\n', data)}
-        else:
-            size = int(renamed.get('size', size))
-            if kind in b'0\0':
-                name = renamed.get('path') or b'/'.join(filter(None, (block[345:500].split(b'\0')[0] if block[257:262] == b'ustar' else b'', block[:100].split(b'\0')[0])))
-                yield name.decode('utf-8', 'surrogateescape'), size
-            renamed = {}
-        stream.seek(end + -(-size//512)*512)
+        stream.seek(tar.offset)
+        try: member = tarfile.TarInfo.fromtarfile(tar)
+        except tarfile.EOFHeaderError: return
+        if member.size < 0: raise tarfile.InvalidHeaderError('negative size')  # it would lead back
+        if not member.isreg(): continue
+        stream.seek(member.offset_data)
+        yield member.name, member.size
 
 
 def _tar_sample(key, parts):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import load_preset
+from .core import load_preset, randint
 from .data import PreparedDataset, Statistics
 from .train import Task
 
@@ -119,9 +119,9 @@ class TranslatorTask(Task):
 
     def batch(self, indices, generators):
         n = round(self.share*len(indices))
-        def draw(data, indices, generators): return self.pairs(data, indices, torch.cat([torch.randint(data.captions_per_image, (1,), generator=g) for g in generators]))
+        def draw(data, indices, generators): return self.pairs(data, indices, randint(data.captions_per_image, generators))
         if not n: return draw(self.data, indices, generators)
-        chosen = torch.cat([torch.randint(len(self.recoloured), (1,), generator=g) for g in generators[:n]])
+        chosen = randint(len(self.recoloured), generators[:n])
         return tuple(torch.cat(both) for both in zip(draw(self.recoloured, chosen, generators[:n]), draw(self.data, indices[n:], generators[n:])))
 
     def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}

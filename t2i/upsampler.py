@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .convolution import weights_stay
-from .core import autocast, from_uint8, load_preset, make_generators, randn, to_uint8
+from .core import autocast, from_uint8, load_preset, make_generators, rand, randn, to_uint8
 from .data import PreparedDataset, Statistics
 from .decoder import guided_denoiser, make_diffusion, training_draws
 from .diffusion import Diffusion
@@ -250,10 +250,10 @@ class UpsamplerTask(Task):
         y, factor = self.statistics.image.standardize(small.image_embeddings(places[indices])), x_0.shape[1]//given.shape[1]
         size = s.crop//factor
         corners = torch.stack([self.corner(x, size, g) for x, g in zip(given, generators)])
-        given, level = from_uint8(given), s.max_noise*torch.cat([torch.rand(1, generator=g) for g in generators])**2
+        given, level = from_uint8(given), s.max_noise*rand(generators)**2
         low_res = given + level[:, None, None, None]*randn(given.shape[1:], generators)
         if self.decoder:
-            again = (torch.cat([torch.rand(1, generator=g) for g in generators]) < s.redrawn).nonzero()[:, 0]
+            again = (rand(generators) < s.redrawn).nonzero()[:, 0]
             low_res[again] = self.redraw(given[again], y[again], [generators[i] for i in again])
             level[again] = (low_res - given)[again].square().mean((1, 2, 3)).sqrt()
         low_res = crop_at(low_res.movedim(1, 3), *corners.T, size).movedim(3, 1)
@@ -265,7 +265,7 @@ class UpsamplerTask(Task):
         if not generators: return x_0
         diffusion, s, device = make_diffusion(self.preset, sampling=True), self.preset.sampling, next(self.decoder.parameters()).device
         low, high = self.redrawn_from
-        t = diffusion.timesteps*(low + (high - low)*torch.cat([torch.rand(1, generator=g) for g in generators]))
+        t = diffusion.timesteps*(low + (high - low)*rand(generators))
         x_0, y, t, noise = (v.to(device) for v in (x_0, y, t.long(), randn(x_0.shape[1:], generators)))
         with autocast(device): return redraw(diffusion, guided_denoiser(diffusion, self.decoder, y, s.guidance_scale, s.thresholding, s.percentile), x_0, t, noise).cpu()
 

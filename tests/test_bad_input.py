@@ -120,6 +120,17 @@ def test_a_preset_that_lacks_something(tmp_path, start, word):
     says(shell('generate', 'a red apple', '--preset', mine, '--out', tmp_path/'x.png'), f"has no '{word}'", 'add it')
 
 
+def test_a_preset_with_values_of_other_kinds(tmp_path):
+    mine, thesis = tmp_path/'mine.toml', (PRESETS/'thesis.toml').read_text(encoding='utf-8')
+    mine.write_text(thesis.replace('label = "zero-shot"', 'label = 436'), encoding='utf-8')
+    assert load_preset(mine).upsampler.sampling.label == 436, 'a class of ImageNet for all, as the released script has it'
+    for text, words in [(thesis.replace('label = "zero-shot"', 'label = 4.36'), 'upsampler.sampling.label is 4.36: it should be a text or a whole number'), ('decoder = 5', 'decoder is 5: it should be a section'),
+                        (thesis.replace('guidance_scale = 6.0', 'guidance_scale = { s = 6.0 }'), "sampling.guidance_scale is {'s': 6.0}: it should be a number or a whole number"),
+                        (thesis.replace('[upsampler.diffusion]', '[classifier.diffusion]'), "in [classifier] the key 'diffusion'")]:
+        mine.write_text(text, encoding='utf-8')
+        says(shell('generate', 'a red apple', '--preset', mine, '--out', tmp_path/'x.png'), words)
+
+
 @pytest.mark.parametrize('name', ['clip', 'statistics', 'translator', 'decoder'])
 def test_missing_weights(broken, generate, name):
     path = broken/f'{name}.safetensors'
