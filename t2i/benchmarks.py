@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'load_benchmarks', 'cores', 'machine_text', 'speed_column', 'speed_tables', 'speed_markdown']
 
 # %% ../nbs/lib/benchmarks.ipynb #ddebf7ff
-import itertools, json
+import json
 from pathlib import Path
 
 import pandas as pd

@@ -21,7 +21,7 @@ from torch import nn
 try: import fcntl
 except ImportError: fcntl = None  # Windows knows no such locks
 
-from .core import atomic_path, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, save_json, save_weights
+from .core import atomic_path, get_device, uses_bfloat16, load_into, make_generators, process_state, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
