@@ -437,8 +437,8 @@ def paraphrase_recall(clip: CLIP, table, k: int = 10) -> pd.DataFrame:
     words = table.drop_duplicates('concept').explode('keywords').dropna(subset=['keywords'])
     words = words[[is_test_keyword(c, w) and c != w for c, w in zip(words.concept, words.keywords)]]
     pictures = clip.encode_images(emoji_pixels(table), normalize=True)
-    reader = CLIP(clip.model, Vocabulary(clip.tokenize.pieces, clip.tokenize.context_length, synonyms=dict), clip.image_size, device=clip.device)  # what it has learned, without looking anything up
-    captions = reader.encode_captions([f'a {w}' for w in words.keywords], normalize=True)
+    words_alone = Vocabulary(clip.tokenize.pieces, clip.tokenize.context_length, synonyms=dict) if isinstance(clip.tokenize, Vocabulary) else clip.tokenize  # what it has learned, without looking anything up
+    captions = CLIP(clip.model, words_alone, clip.image_size, device=clip.device).encode_captions([f'a {w}' for w in words.keywords], normalize=True)
     nearest = (captions@pictures.T).topk(k, 1).indices.numpy()
     has = np.array([[w in known for known in table.keywords] for w in words.keywords])
     unsaid = np.array([[h and is_test_keyword(c, w) for h, c in zip(row, table.concept)] for row, w in zip(has, words.keywords)])
