@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT', 'SEVERAL', 'OPENINGS', 'WITH', 'ENDINGS',
-           'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug', 'unicode_emoji',
-           'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg', 'rasterise', 'webp',
-           'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji', 'write_shards', 'load_emoji',
-           'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture', 'keyword_concepts', 'emoji_svgs',
-           'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments',
-           'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'encoded_by', 'PreparedDataset']
+           'AROUND', 'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug',
+           'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
+           'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
+           'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
+           'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer',
+           'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics', 'training_statistics',
+           'prepare', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -137,6 +138,7 @@ OPENINGS = ['', 'a', 'the', 'my', 'this', 'a picture of', 'a picture of a', 'a p
             'please draw the', 'show me a', 'I want a', 'a cute', 'a beautiful', 'a nice', 'a simple', 'a small', 'a big', 'the little', *SEVERAL]
 WITH = 3*['with'] + ['with a', 'with the', 'wearing', 'wearing a', 'that has', 'holding a', 'and', 'and a']
 ENDINGS = 6*[''] + ['emoji', 'icon', 'please', 'for me', 'on a white background', 'on white']
+AROUND = frozenset(' '.join(OPENINGS + WITH + ENDINGS).lower().split())
 
 def typed_captions(name: str, style: str, concept: str, keywords, n: int = 8) -> list:
     "n captions of one picture as somebody might type them, the same each time: with words around and within its name or one of its keywords, in the plural, with and without the style."
@@ -375,8 +377,7 @@ def keyword_concepts() -> dict:
     "keyword → concept that has it. Without the words that `typed_captions` puts around things."
     table = load_emoji(columns=['concept', 'keywords']).drop_duplicates('concept')
     table = table.iloc[(-table.keywords.map(len)).argsort(kind='stable')]  # the last one stays
-    around = set(' '.join(OPENINGS + WITH + ENDINGS).split())
-    return {k.lower(): concept for concept, keywords in zip(table.concept, table.keywords) for k in keywords if k not in around}
+    return {k.lower(): concept for concept, keywords in zip(table.concept, table.keywords) for k in keywords if k.lower() not in AROUND}
 
 # %% ../nbs/01_data.ipynb #7be801c8
 def emoji_svgs(

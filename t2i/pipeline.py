@@ -159,6 +159,7 @@ class TextToImage:
         translate: bool = True,  # False: the text embedding as it is, the thesis's variant without a translator
     ) -> torch.Tensor:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read."
+        if named := self.clip.looked_up(captions): warnings.warn('CLIP has never read these words and reads a keyword\'s emoji for them: ' + ', '.join(f'{word} ({name})' for word, name in list(named.items())[:10]))
         if unknown := self.clip.unknown_words(captions):
             more = f' and {len(unknown) - 10:,} more' if len(unknown) > 10 else ''
             warnings.warn(f"CLIP has never read these words and leaves them out: {', '.join(unknown[:10])}{more}")
