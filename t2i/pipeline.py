@@ -158,11 +158,10 @@ class TextToImage:
         captions: list,
         translate: bool = True,  # False: the text embedding as it is, the thesis's variant without a translator
     ) -> torch.Tensor:
-        "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read."
-        if named := self.clip.looked_up(captions): warnings.warn('CLIP has never read these words and reads a keyword\'s emoji for them: ' + ', '.join(f'{word} ({name})' for word, name in list(named.items())[:10]))
-        if unknown := self.clip.unknown_words(captions):
-            more = f' and {len(unknown) - 10:,} more' if len(unknown) > 10 else ''
-            warnings.warn(f"CLIP has never read these words and leaves them out: {', '.join(unknown[:10])}{more}")
+        "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
+        def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
+        if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads a keyword's emoji for them: {first([f'{word} ({name})' for word, name in named.items()])}")
+        if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
         y = self.statistics.text.standardize(self.clip.encode_captions(captions)).to(self.device)
         return self.translator(y) if translate else y
 

@@ -20,11 +20,12 @@ import rival
 import speed
 import steps
 import tuning
+from t2i.benchmarks import speed_tables
 from t2i.core import load_preset, make_generators, randn
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
-from t2i.judge import COMPOSED, TrainingPictures
+from t2i.judge import COMPOSED, TrainingPictures, caption_ranks
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import as_pictures
 from t2i.sampling import SAMPLERS
@@ -63,6 +64,13 @@ def test_ratios_follow_from_the_stored_times(stored):
         for row in table.values():
             assert row['seconds'] == pytest.approx(statistics.median(row['runs'])) and row['quartiles'][0] <= row['seconds'] <= row['quartiles'][1]
             assert row['ratio'] == pytest.approx(statistics.median(a/b for a, b in zip(row['runs'], reference['runs'])))
+
+
+def test_the_table_of_the_readme_says_what_is_stored(stored):
+    table, = speed_tables({'here': {'smoke': stored}}).values()
+    column, step, start = table.iloc[:, 0], stored['sampling']['candidates'], stored['startup']
+    assert column['sampling step'] == f"{1000*step['ours']['seconds']:.1f} ms" and column['sampling step, against baseline'] == f"{step['baseline']['ratio']/step['ours']['ratio']:.2f} ×"
+    assert column['training step, against baseline'] == f"{stored['training']['candidates']['baseline']['ratio']:.2f} ×" and column['first picture of a fresh process'] == f"{start['first picture']['seconds']:.2f} s"
 
 
 def test_ours_and_the_baseline_do_the_same(stored):
@@ -163,6 +171,9 @@ def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
     found = judge.judge_variants(pipe, expert, TrainingPictures('cpu', limit=8), draw_pairs(8, judge.SEED), tmp_path)
     assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(COMPOSED) and len(found['goals']) == 9
     assert 0 < found['variants'][REAL]['recall@1'] <= found['variants'][REAL]['recall@10'] and found['variants'][REAL]['copies'] == 0
+    pairs = draw_pairs(8, judge.SEED)
+    ranks, alone = caption_ranks(expert, as_pictures(pairs.images), pairs.captions), [not c.endswith(('flat style', 'fluent style')) for c in pairs.captions]
+    assert 0 < sum(alone) < 8 and found['variants'][REAL]['recall@1, other styles'] == pytest.approx((ranks['rank'][alone] < 1).mean())
     full, decoder = (found['variants'][name] for name in ('Full pipeline', 'Image decoder only'))
     assert found['goals']['FID of the full pipeline / image decoder only']['found'] == pytest.approx(full['fid']/decoder['fid'])
 

@@ -7,6 +7,7 @@ import torch
 from t2i import clip as clips
 from t2i.clip import CLIP, TextTask, Vocabulary, paraphrase_recall
 from t2i.data import AROUND, ENDINGS, OPENINGS, WITH, is_test_keyword, keyword_concepts, load_emoji, typed_captions
+from t2i.pipeline import TextToImage
 
 
 @pytest.fixture(scope='module')
@@ -15,7 +16,7 @@ def clip(): return CLIP.from_preset('emoji', 'cpu')
 
 def test_typed_captions_say_what_may_be_said():
     table = load_emoji('train')[::25]
-    around, seen = AROUND, set()
+    seen = set()
     for row in table.itertuples():
         captions = typed_captions(row.name, row.style, row.concept, row.keywords)
         assert len(captions) == 8 and captions == typed_captions(row.name, row.style, row.concept, row.keywords)
@@ -23,7 +24,7 @@ def test_typed_captions_say_what_may_be_said():
         for caption in captions:
             said = re.sub(rf', {row.style} style$', '', caption)
             assert any(v in said for t in things for w in WITH for v in (t.replace(' with ', f' {w} '), re.sub('^([^,]*[^,s])(?=,|$)', r'\1s', t).replace(' with ', f' {w} '))), caption
-            held_out = {w for k in row.keywords if is_test_keyword(row.concept, k) for w in k.split()} - {w for t in things for w in re.split(r'[\s,]+', t)} - around
+            held_out = {w for k in row.keywords if is_test_keyword(row.concept, k) for w in k.split()} - {w for t in things for w in re.split(r'[\s,]+', t)} - AROUND
             assert not held_out & set(said.split()), caption
         seen.update(captions)
     assert {o for o in OPENINGS if any(c.startswith(f'{o} ') for c in seen)} == {o for o in OPENINGS if o} and all(any(re.search(rf' {e}(, \w+ style)?$', c) for c in seen) for e in ENDINGS if e)
@@ -67,3 +68,6 @@ def test_the_text_encoder_learns_from_typed_captions(clip, monkeypatch):
 def test_what_is_looked_up_is_told(clip):
     assert clip.looked_up(['a cup of coffee', 'ravens and cats']) == {'coffee': 'hot beverage', 'ravens': 'black bird'} and clip.looked_up(['a red apple']) == {}
     assert clip.unknown_words(['draw me a coffee, please']) == [] and clip.unknown_words(['draw me a corgi']) == ['corgi']
+    pipe = TextToImage.from_preset('emoji', 'cpu')
+    with pytest.warns(UserWarning, match=r'reads a keyword.s emoji for them: coffee \(hot beverage\)$') as told: read = pipe.embed_captions(['a cup of coffee'])
+    assert len(told) == 1 and torch.equal(read, pipe.embed_captions(['a cup of hot beverage']))
