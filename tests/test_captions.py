@@ -27,6 +27,7 @@ def test_typed_captions_say_what_may_be_said():
             held_out = {w for k in row.keywords if is_test_keyword(row.concept, k) for w in k.split()} - {w for t in things for w in re.split(r'[\s,]+', t)} - AROUND
             assert not held_out & set(said.split()), caption
         seen.update(captions)
+    assert 'pictures of woman firefighters, medium skin tone on a white background, noto style' in typed_captions('woman firefighter, medium skin tone', 'noto', 'woman firefighter', ['fire', 'firetruck', 'woman'])
     assert {o for o in OPENINGS if any(c.startswith(f'{o} ') for c in seen)} == {o for o in OPENINGS if o} and all(any(re.search(rf' {e}(, \w+ style)?$', c) for c in seen) for e in ENDINGS if e)
 
 
@@ -38,6 +39,11 @@ def test_typed_captions_say_what_may_be_said():
 def test_captions_are_spelled_in_known_words(clip, typed, read):
     assert clip.tokenize.spell(typed).replace(' ,', ',').replace(' .', '.') == read.replace(' ,', ',').replace(' .', '.')
     assert torch.equal(clip.tokenize([typed]), clip.tokenize([read]))
+
+
+def test_a_synonym_that_cannot_be_read_is_none():
+    words = Vocabulary(Vocabulary.of(['a red apple', 'a hot beverage'], 8).pieces, 8, keyword_concepts)
+    assert words.spell('a coffee and ravens') == 'a hot beverage and ravens' and words.looked_up('two ravens') == {}
 
 
 def test_training_captions_are_read_as_they_are(clip):
