@@ -1,5 +1,6 @@
 """Every kind of raw data is read, and whatever is wrong with it is skipped and counted under its reason."""
 import io
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from t2i.data import Undecodable, decode_image, prepare
-from t2i.readers import CocoCaptions, Sample, Skipped, find_shards
+from t2i.readers import CocoCaptions, Sample, Skipped, _members, find_shards
 
 
 class Stub:
@@ -461,3 +462,9 @@ def test_malformed_sources_never_stop_us_and_nothing_is_lost(tmp_path, part):
         report = json.loads((tmp_path/f'{seed}.out/report.json').read_text())
         assert report['samples'] == report['prepared'] + sum(report['skipped'].values()) >= at_least, (seed, report)
         assert all(sum(map(len, s['skipped'].values())) >= 1 for s in report['shards'].values() if s['samples'] > s['prepared']), (seed, report)
+
+
+def test_a_tar_does_not_lead_back():
+    info = tarfile.TarInfo('0.png')
+    info.size = -512  # the next header would be this one
+    with pytest.raises(tarfile.HeaderError, match='negative size'): list(itertools.islice(_members(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))), 9))
