@@ -39,7 +39,7 @@ def profiled(work, device, top: int = 12) -> dict:
     work()
     with torch.profiler.profile(activities=activities) as profile:
         work()
-        if torch.device(device).type == 'cuda': torch.cuda.synchronize()
+        if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
     events = profile.key_averages()
     time = (lambda e: e.self_device_time_total) if torch.device(device).type == 'cuda' else (lambda e: e.self_cpu_time_total)
     total = sum(map(time, events))

@@ -55,10 +55,10 @@ def fitted_exponent(sizes, values) -> float:
 
 class peak_memory:
     "Around a piece of work: `.bytes` is how far it raised the process's memory (of a GPU: what was allocated at most)."
-    def __init__(self, device): self.cuda = torch.device(device).type == 'cuda'
+    def __init__(self, device): self.device, self.cuda = device, torch.device(device).type == 'cuda'
 
     def __enter__(self):
-        if self.cuda: torch.cuda.reset_peak_memory_stats()
+        if self.cuda: torch.cuda.reset_peak_memory_stats(self.device)
         else:
             if (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)): trim(0)  # what was freed goes back to the system …
             Path('/proc/self/clear_refs').write_text('5')  # … and the high-water mark falls to what is resident now
@@ -68,7 +68,7 @@ class peak_memory:
     def __exit__(self, *_): self.bytes = self.read('VmHWM') - self.before
 
     def read(self, key) -> int:
-        if self.cuda: return torch.cuda.max_memory_allocated() if key == 'VmHWM' else torch.cuda.memory_allocated()
+        if self.cuda: return torch.cuda.max_memory_allocated(self.device) if key == 'VmHWM' else torch.cuda.memory_allocated(self.device)
         return 1024*int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 

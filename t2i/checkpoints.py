@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .core import Preset, load_into, load_weights, save_weights
-from .data import Statistics
+from .data import Statistics, clip_probe, same_probe
 
 # %% ../nbs/lib/checkpoints.ipynb #baaf1363
 SOURCE = 'https://github.com/epfml/text_to_image_generation'
@@ -66,9 +66,13 @@ def load_checkpoint(
     model: torch.nn.Module,  # of the sizes that the preset names
     name: str,  # 'translator', 'decoder' or 'upsampler'
     path: 'str | Path',
+    target: 'str | None' = None,  # what the preset takes the network's output for
 ) -> torch.nn.Module:
     "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change."
-    return load_into(model, load_weights(path)[0], path, PRESET_KEYS[name])
+    tensors, metadata = load_weights(path)
+    if target and metadata.get('target', target) != target:
+        raise ValueError(f"the {name} in {path} was trained to predict {metadata['target']} and the preset takes its output for {target}: set the target of its [diffusion] to {metadata['target']!r}")
+    return load_into(model, tensors, path, PRESET_KEYS[name])
 
 # %% ../nbs/lib/checkpoints.ipynb #b22f938e
 def load_statistics(
@@ -81,14 +85,14 @@ def load_statistics(
     paths = {key: own if own.is_file() else folder/name for key, name in PUBLISHED_STATISTICS.items()}
     lacking = [path.name for path in paths.values() if not path.is_file()]
     if lacking: raise _missing(folder, 'file of the statistics', [own.name, *lacking])
-    if own.is_file(): tensors = load_weights(own)[0]
-    else: tensors = {key: tensor for key, path in paths.items() for tensor in load_weights(path)[0].values()}
+    if own.is_file(): tensors, metadata = load_weights(own)
+    else: tensors, metadata = {key: tensor for key, path in paths.items() for tensor in load_weights(path)[0].values()}, {}
     if tensors.keys() != paths.keys(): raise ValueError(f"{own} does not hold statistics: expected the tensors {', '.join(paths)}, found {', '.join(tensors)}")
     for key, tensor in tensors.items():
         if list(tensor.shape) != [embedding_size]:
             raise ValueError(f"{paths[key]} does not fit: {key} is of shape {list(tensor.shape)} in the file and {[embedding_size]} in the preset; "
                              "set clip.embedding_size and clip.model in the preset to the CLIP that it was made with")
-    return Statistics.of(tensors)
+    return Statistics.of(tensors, metadata.get('probe'))
 
 # %% ../nbs/lib/checkpoints.ipynb #0c036452
 PLAIN_CAPTIONS = ['a photo of a dog', 'a red apple on a table', 'two people riding bicycles', 'a blue car',
@@ -100,13 +104,16 @@ def check_clip(
     statistics: Statistics,
     source,  # where the statistics are from, for the message
 ):
-    "Refuse a CLIP whose embeddings lie elsewhere than those that `statistics` were computed from."
-    mean, std = statistics.text.mean.cpu(), statistics.text.std.cpu()
-    if mean.norm() < std.norm()/2: return  # no cone to speak of
-    cosine = torch.cosine_similarity(clip.encode_captions(PLAIN_CAPTIONS).mean(0), mean, dim=0).item()
-    if cosine < 0.3:
-        raise ValueError(f"the embeddings of CLIP {clip.name} do not fit the statistics in {source} (cosine of the means {cosine:.2f}, near 1 for the right one): "
-                         "set clip.model and clip.weights in the preset to the CLIP that the models were trained with")
+    "Refuse another CLIP than that of `statistics`. Their probe tells; the authors' files have none, and there the embeddings must not lie elsewhere."
+    if statistics.probe: wrong = '' if same_probe(statistics.probe, clip_probe(clip)) else 'they were computed from those of another one'
+    else:
+        mean, std = statistics.text.mean.cpu(), statistics.text.std.cpu()
+        if mean.norm() < std.norm()/2: return  # no cone to speak of
+        cosine = torch.cosine_similarity(clip.encode_captions(PLAIN_CAPTIONS).mean(0), mean, dim=0).item()
+        wrong = f'cosine of the means {cosine:.2f}, near 1 for the right one' if cosine < 0.3 else ''
+    if wrong:
+        raise ValueError(f"the embeddings of CLIP {clip.name} do not fit the statistics in {source} ({wrong}): "
+                         "use the CLIP that the models were trained with, by its clip.safetensors or by clip.model and clip.weights in the preset")
 
 # %% ../nbs/lib/checkpoints.ipynb #a99e5f76
 def convert(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import ASSETS, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
+from .core import ASSETS, fixed_seed, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
 from .data import decodable, emoji_pixels, load_emoji
 from .diffusion import Diffusion
 from .train import Task
@@ -62,9 +62,7 @@ class NoisyClassifier(UNet):
         preset = load_preset(preset)
         if 'classifier' not in preset: raise ValueError(f"the preset {preset.name!r} has no classifier: add a [classifier] section, as the preset emoji has one, and train it")
         if not (folder or preset.get('weights')):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return make_classifier(preset, emoji_classes()).to(get_device(device)).eval()
+            with fixed_seed(0): return make_classifier(preset, emoji_classes()).to(get_device(device)).eval()
         path = Path(folder or ASSETS/preset.weights)/'classifier.safetensors'
         tensors, metadata = load_weights(path)
         model = make_classifier(preset, metadata['classes'])

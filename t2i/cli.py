@@ -7,14 +7,14 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'A
            'prepare_command', 'train_stage', 'train', 'pack', 'convert', 'figures', 'build_emoji_command']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import functools, math, os, shutil, warnings
+import functools, json, math, os, secrets, shutil, warnings
 from pathlib import Path
 from typing import List, Optional
 
 import torch, typer
 from safetensors import SafetensorError
 
-from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, process_state, save_weights
+from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, preset_names, process_state, save_weights
 
 # %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
@@ -88,7 +88,7 @@ def generate(
     file: Optional[Path] = typer.Option(None, '--file', '-f', help='A text file with a caption on each line.'),
     n: int = typer.Option(1, '-n', help='Pictures for each caption.'),
     seed: Optional[int] = typer.Option(None, **SEEDS, help='The same seed draws the same pictures.'),
-    out: Path = typer.Option(Path('t2i.png'), help='A .png, .jpg or .webp for a grid with captions, or a folder for single pictures, which has none yet.'),
+    out: Path = typer.Option(Path('t2i.png'), help='A .png, .jpg or .webp for a grid with captions, or a folder for single pictures; those that are there are not drawn again.'),
     steps: Optional[int] = typer.Option(None, help="Sampling steps; default: the preset's."),
     guidance_scale: Optional[float] = typer.Option(None, help="Classifier-free guidance; default: the preset's."),
     upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took each for. Default: if the preset has an upsampler of its own.'),
@@ -107,38 +107,44 @@ def generate(
     captions = check_captions(captions or [])
     if n < 1: raise ValueError(f"-n is {n}: ask for at least 1 picture of each caption")
     below = [c for c in captions for _ in range(n)]
-    _check_out(out, len(below))
-    from t2i.pipeline import TextToImage
+    _check_out(out)
+    from t2i.pipeline import TextToImage, draw_to_folder, process_share
     pipe = TextToImage.from_preset(preset, device, folder)
     if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)  # a borrowed one has classes, and takes as long as the decoder
-    _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
-    pictures = pipe(
-        captions, num_images_per_prompt=n, generator=seed, num_inference_steps=steps, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=True)
-    if upsample: below = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, pictures)]
-    for path in _write_pictures(pictures, below, n, out): typer.echo(path)
+    settings = dict(num_inference_steps=steps, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size)
+    if out.suffix:
+        _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
+        pictures = pipe(below, generator=seed, progress=True, **settings)
+        below = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, pictures)]
+        with atomic_path(out) as tmp: _grid(pictures, below, n).save(tmp)
+        return typer.echo(out)
+    share = process_share()
+    for path in draw_to_folder(pipe, below, lambda: pipe.embed_captions(below), out, _seed_of(out) if seed is None else seed, share, progress=share[0] == 0, **settings):
+        if share[0] == 0: typer.echo(path)
 
 
 PICTURE_FILES = {'.png': None, '.jpg': 65500, '.jpeg': 65500, '.webp': 16383}  # ending → the most pixels of a side
 
 
-def _single_files(out: Path, n: int) -> list: return [out/f'{i:04}.png' for i in range(n)]
+def _seed_of(folder: Path) -> int:
+    "That of the pictures in a folder, or a fresh one."
+    try: return json.loads((folder/'settings.json').read_text(encoding='utf-8'))['seed']
+    except (OSError, ValueError, TypeError, KeyError): return secrets.randbits(32)
 
 
-def _check_out(out: Path, n: int):
-    "Refuse a place for n pictures that is none, or holds such files already."
+def _check_out(out: Path):
+    "Refuse a place for pictures that is none."
     if out.suffix.lower() in PICTURE_FILES:
         if out.is_dir(): raise IsADirectoryError(f"{out} is a folder and has the ending of a picture file: name a file for a grid, or a folder without such an ending")
         return _check_folder(out.parent)
     if out.suffix: raise ValueError(f"{out} is neither a picture file nor a folder: name a .png, .jpg or .webp file for a grid, or a folder for single pictures")
     _check_folder(out)
-    taken = next((path for path in (*_single_files(out, n), out/'captions.txt') if path.exists()), None)
-    if taken: raise FileExistsError(f"{taken} is there already and would be overwritten: name another folder, or delete this one")
 
 
 def _check_grid(out: Path, captions: list, n: int, size: int):
     "Refuse a grid that is larger than files of its kind can be."
     from PIL import Image
-    most = PICTURE_FILES.get(out.suffix.lower())
+    most = PICTURE_FILES[out.suffix.lower()]
     if not most: return
     width, height = _grid([Image.new('RGB', (size, size))]*len(captions), captions, n).size
     if max(width, height) > most: raise ValueError(f"a grid of {width}×{height} pixels does not fit {out}, because {out.suffix} files have at most {most} on a side: name a .png, or a folder for single pictures")
@@ -153,18 +159,6 @@ def _grid(pictures: list, captions: list, n: int):
     columns = math.ceil(n/rows)
     def filled(items, nothing): return [item for i in range(0, len(items), n) for item in [*items[i:i + n], *[nothing]*(rows*columns - n)]]
     return image_grid(filled(pictures, Image.new('RGB', pictures[0].size, 'white')), filled(captions, ''), columns)
-
-
-def _write_pictures(pictures, captions, n, out: Path) -> list:
-    "A grid with captions if `out` is a picture file, else single files in the folder `out`."
-    if out.suffix.lower() in PICTURE_FILES:
-        with atomic_path(out) as tmp: _grid(pictures, captions, n).save(tmp)
-        return [out]
-    paths = _single_files(out, len(pictures))
-    for path, picture in zip(paths, pictures):
-        with atomic_path(path) as tmp: picture.save(tmp, format='png')
-    with atomic_path(out/'captions.txt') as tmp: tmp.write_text('\n'.join(captions) + '\n', encoding='utf-8')
-    return paths
 
 # %% ../nbs/lib/cli.ipynb #2840544c
 @_command()
@@ -298,7 +292,8 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         if prepared and not large: raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the folder of those with --large")
         large = large or draw_large(Path(f'cache/emoji_{size}'), size)
     emoji = not prepared
-    if prepared and stage in AFTER_CLIP and (_clip_weights(runs) or stage == 'decoder' and preset.decoder.get('augment')):
+    own_clip = _clip_weights(runs) or preset.get('weights') and 'model' not in preset.clip  # a large one is not loaded for the comparison alone
+    if prepared and stage in AFTER_CLIP and (own_clip or stage == 'decoder' and preset.decoder.get('augment')):
         from t2i.data import encoded_by
         if not encoded_by(_clip(preset, runs, device), prepared): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
     if stage in AFTER_CLIP: prepared = prepared or _prepare(preset, runs, device)
@@ -373,7 +368,7 @@ def pack(
     "Write the float16 weights, the statistics and the logs of a run to one folder, for `--folder` or to ship; with the CLIP that it used."
     from t2i.data import Statistics
     settings = load_preset(preset)
-    if not (out or settings.get('weights')): raise ValueError(f"the preset {settings.name!r} has no place in the package for weights: name a folder with --out")
+    if not (out or preset in preset_names() and settings.get('weights')): raise ValueError(f"the preset {settings.name!r} has no place in the package for weights: name a folder with --out")
     runs, out = runs or Path('runs')/settings.name, out or ASSETS/settings.weights
     _check_folder(out)
     written = []

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, get_device, load_into, load_preset, load_weights, randint, save_weights, square, from_uint8
+from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, randint, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
 from .data import AROUND, TONES, decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task
@@ -224,8 +224,8 @@ class CLIP:
                                  f"set clip.embedding_size = {size}, and use a translator, a decoder and statistics that were made with this CLIP")
             return cls.pretrained(preset.clip.model, preset.clip.weights, device, folder)
         if folder or preset.get('weights'): return cls.load(preset.clip, Path(folder or ASSETS/preset.weights)/'clip.safetensors', device)
-        with torch.random.fork_rng():  # without weights: random ones, always the same
-            torch.manual_seed(0)
+        if 'weights' not in preset: raise FileNotFoundError(f"the preset {preset.name!r} ships no CLIP: name the folder that holds one (--folder), set weights = 'emoji' in the preset to use the one that ships, or train one with `t2i train clip`")
+        with fixed_seed(0):  # without weights: random ones, always the same
             return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'], preset.clip.context_length).pieces, device)
 
     def save(self, path, dtype=None) -> Path:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test',
-           'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'uses_bfloat16',
-           'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'image_seeds', 'make_generators', 'randn',
-           'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor', 'to_pil', 'atomic_path',
-           'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path',
-           'save_figure', 'save_table']
+           'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'enough_memory', 'compiles',
+           'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'fixed_seed', 'image_seeds',
+           'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor',
+           'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit',
+           'exhibit_path', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -107,13 +107,50 @@ def _check_preset(path, read):
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
-    "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have."
-    device, n = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), torch.cuda.device_count()
+    "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have, or that torch has no kernels for."
+    chosen, n = device is None, torch.cuda.device_count()
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))  # of several processes each has its own
     if device.type == 'cuda' and device.index >= n:
         raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA GPU here: take device='cpu', "
                          "or see that nvidia-smi lists the GPU and that torch is built for its driver")
+    if device.type == 'cuda' and (reason := _lacks_kernels(device)):
+        if not chosen: raise ValueError(f"{reason}, or take device='cpu'")
+        warnings.warn(f"{reason}; until then the CPU is used")
+        return torch.device('cpu')
     return device
+
+
+def _lacks_kernels(device) -> 'str | None':
+    "Why this torch cannot compute on a GPU, if it cannot: its kernels are for newer ones."
+    kernels = [int(n) for n in re.findall(r'(?:sm|compute)_(\d+)', ' '.join(torch.cuda.get_arch_list()))]
+    if not kernels: return None  # AMD's are named otherwise
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10*major + minor < min(kernels):
+        return (f"torch {torch.__version__} computes on GPUs from sm_{min(kernels)} on and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
+                "install a torch that was built with CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)")
+
+
+@contextlib.contextmanager
+def enough_memory(
+    what: str,  # that needs the memory
+    remedy: str = "take one with more memory, or device='cpu' (--device cpu)",
+):
+    "A GPU that runs out of memory is told in one sentence, still as torch's OutOfMemoryError."
+    try: yield
+    except torch.cuda.OutOfMemoryError: raise torch.cuda.OutOfMemoryError(f"the GPU has too little memory for {what}: {remedy}") from None
+
+
+def compiles(
+    device,
+    **options,  # of torch.compile
+) -> bool:
+    "Whether torch.compile works on a device, which takes a C++ compiler and on a GPU Triton; a warning says why not."
+    try: torch.compile(lambda x: x + 1, **options)(torch.zeros(8, device=device))
+    except Exception as e:
+        warnings.warn(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): the networks are not compiled, and slower")
+        return False
+    return True
 
 
 def uses_bfloat16(device) -> bool:
@@ -123,7 +160,8 @@ def uses_bfloat16(device) -> bool:
     wanted = os.environ.get('T2I_PRECISION', '')
     if wanted not in ('', 'float32', 'bfloat16'): raise ValueError(f"the environment variable T2I_PRECISION is {wanted!r}: set it to 'float32' or 'bfloat16', or unset it for what the hardware is best at")
     if wanted: return wanted == 'bfloat16'
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type == 'cuda':
+        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)  # it asks the current GPU
     return _cpu_is_faster_at_bfloat16(getattr(torch.cpu, 'get_capabilities', dict)())  # an older torch has no such account
 
 
@@ -138,7 +176,7 @@ def process_state(device):
     atexit.unregister(_leave)
     atexit.register(_leave)
     device = torch.device(device)
-    if device.type == 'cuda' and device.index and int(os.environ.get('WORLD_SIZE', 1)) == 1: torch.cuda.set_device(device)  # of several processes accelerate gives each its own
+    if device.type == 'cuda' and int(os.environ.get('WORLD_SIZE', 1)) == 1: torch.cuda.set_device(device)  # of several processes accelerate gives each its own
     joined, state = torch.distributed.is_initialized(), PartialState(cpu=device.type == 'cpu')
     if not joined: state.wait_for_everyone()  # one that is still joining would not survive that another, with nothing to do, leaves
     return state
@@ -169,6 +207,14 @@ def seeded(seed: int) -> torch.Generator:
     except TypeError: number = -1
     if not 0 <= number < 2**64: raise ValueError(f"the seed is {seed!r}: it should be a whole number from 0 to 2**64 - 1")
     return torch.Generator().manual_seed(number)
+
+
+@contextlib.contextmanager
+def fixed_seed(seed: int):
+    "torch's own generators, of the CPU and the current GPU, start from `seed` inside and are afterwards as they were."
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def image_seeds(

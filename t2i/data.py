@@ -10,13 +10,13 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
            'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer',
            'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics', 'training_statistics',
-           'prepare', 'encoded_by', 'PreparedDataset']
+           'prepare', 'clip_probe', 'same_probe', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -481,20 +481,23 @@ class Statistics:
     "The standardisation of a CLIP model's image and text embeddings; no `text` where no picture has a caption."
     image: Standardizer
     text: 'Standardizer | None' = None
+    probe: 'list | None' = None  # what the CLIP makes of a fixed caption, if it is known: another one is found out
 
     @classmethod
-    def of(cls, tensors: dict):
+    def of(cls, tensors: dict, probe: 'list | None' = None):
         "From such tensors as `state_dict` names."
-        return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) for kind in ('image', 'text') if f'{kind}_mean' in tensors))
+        return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) if f'{kind}_mean' in tensors else None for kind in ('image', 'text')), probe)
 
     def state_dict(self) -> dict:
         "image_mean, image_std, text_mean, text_std, each [D]."
         return {f'{kind}_{part}': getattr(s, part) for kind in ('image', 'text') if (s := getattr(self, kind)) for part in ('mean', 'std')}
 
     @classmethod
-    def load(cls, path): return cls.of(load_weights(path)[0])
+    def load(cls, path):
+        tensors, metadata = load_weights(path)
+        return cls.of(tensors, metadata.get('probe'))
 
-    def save(self, path): return save_weights(path, self.state_dict())
+    def save(self, path): return save_weights(path, self.state_dict(), {'probe': self.probe} if self.probe else None)
 
     @classmethod
     def unit(cls, size): return cls(*(Standardizer(torch.zeros(size), torch.ones(size)) for _ in range(2)))
@@ -649,7 +652,7 @@ def prepare(
     from tqdm.auto import tqdm
     state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
-    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': _probe(clip)}
+    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip_probe(clip)}
     _check_out(out, shards, settings)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
     mine = tuple(f'.{s.name}.safetensors.' for s in todo) + ('.statistics.safetensors.', '.report.json.')*state.is_main_process
@@ -702,14 +705,17 @@ def _check_out(out, shards, settings):
         except (ValueError, KeyError): continue
         was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        if not _same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
+        if not same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
         break
 
 
-def _probe(clip) -> list: return clip.encode_captions(['a picture'])[0].tolist()
+def clip_probe(clip) -> list:
+    "The embedding [D] of a fixed caption, by which a CLIP is known again."
+    return [round(v, 4) for v in clip.encode_captions(['a picture'])[0].tolist()]
 
 
-def _same_probe(before, now) -> bool:
+def same_probe(before: list, now: list) -> bool:
+    "Whether two probes are of one CLIP."
     before, now = np.array(before), np.array(now)
     return before.shape == now.shape and bool(np.linalg.norm(before - now) <= 0.1*np.linalg.norm(now))  # another device rounds differently, by less
 
@@ -720,7 +726,7 @@ def encoded_by(
 ) -> bool:
     "Whether what is in the folder was encoded by this CLIP; True if its records do not tell."
     for path in sorted((Path(prepared)/'records').glob('*.safetensors')):
-        try: return _same_probe(load_weights(path, None)[1]['settings']['probe'], _probe(clip))
+        try: return same_probe(load_weights(path, None)[1]['settings']['probe'], clip_probe(clip))
         except (ValueError, KeyError): continue
     return True
 
@@ -736,7 +742,7 @@ def _merge(out, shards) -> dict:
     "statistics.safetensors and report.json from the records of all shards → the report."
     records = [_record(out, s) for s in shards]
     trained_on = [{kind: (n, tensors[f'{kind}_mean'], tensors[f'{kind}_squares']) for kind, n in record['moments'].items()} for tensors, record in records]
-    if any(trained_on): merged_statistics(trained_on).save(out/'statistics.safetensors')
+    if any(trained_on): replace(merged_statistics(trained_on), probe=records[0][1]['settings']['probe']).save(out/'statistics.safetensors')
     keys = [np.fromiter(map(hash, PreparedDataset(out/s).keys), np.int64) for s in SPLITS if any(s in record['splits'] for _, record in records)]
     repeated = sum(len(k) - len(np.unique(k)) for k in keys)  # the same key is in the same split
     report, unknown = {'samples': 0, 'prepared': 0, 'keys_in_several_shards': repeated, 'captions_dropped': 0, 'splits': {}, 'skipped': {}, 'shards': {}}, Counter()
@@ -772,6 +778,13 @@ class PreparedDataset:
         self.ends = torch.tensor([len(s['images']) for s in self.shards]).cumsum(0)
 
     def __len__(self): return int(self.ends[-1])
+
+    def check(self, preset):
+        "Refuse pictures or embeddings of another size than a preset's."
+        for what, key, found, expected in (('pictures', 'data.image_size', self.shards[0]['images'].shape[1], preset.data.image_size),
+                                           ('embeddings', 'clip.embedding_size', self.shards[0]['image_embeddings'].shape[1], preset.clip.embedding_size)):
+            if found != expected: raise ValueError(f"the {what} in {self.paths[0].parent} are of size {found} and {key} of the preset {preset.name!r} is {expected}: prepare with this preset, or change the key")
+        return self
 
     @cached_property
     def keys(self) -> list:

@@ -74,6 +74,7 @@ def decoder_loss(
     **conditions,  # what else the network is told
 ) -> dict:  # loss, simple, vlb: means over the batch
     "The loss of one training step (Algorithm 2, lines 7 to 9)."
+    if not y.is_floating_point(): raise ValueError(f"the condition is {y.dtype}: the zero vector stands for none, so give embeddings [N, E], not classes")
     y = y.masked_fill(drop[:, None], 0.)
     losses = diffusion.training_losses(model, x_0, t, noise, {'y': y} | conditions)
     return {name: each.mean() for name, each in losses.items()}
@@ -161,7 +162,7 @@ class DecoderTask(Task):
         clip=None,  # embeds the pictures that the preset's `augment` changes; without it none is
     ):
         self.preset, self.clip, prepared = load_preset(preset), clip, Path(prepared)
-        self.data, self.held_out = PreparedDataset(prepared/'train'), PreparedDataset(prepared/'validation')
+        self.data, self.held_out = (PreparedDataset(prepared/split).check(self.preset) for split in ('train', 'validation'))
         self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.diffusion, self.finish, self.model = make_diffusion(self.preset), make_diffusion(self.preset, finish=True), make_decoder(self.preset)

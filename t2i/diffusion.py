@@ -221,7 +221,7 @@ def denoiser(
     model,  # network (x_t, t, **model_kwargs) → output, see `interpret`
     **model_kwargs,  # such as the condition, y=[N, E]
 ):  # function (x_t, t) → (x_0, log_variance)
-    "A network as a denoiser."
+    "A network as a denoiser of this process: to take fewer steps, respace the process first and make the denoiser from that one."
     def denoise(x_t, t): return self.interpret(model(x_t, self.network_timesteps(t), **model_kwargs), x_t, t)
     return denoise
 

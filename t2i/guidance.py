@@ -22,6 +22,7 @@ def classifier_free(
     scale: float,  # s; 1 is the conditional model itself, 0 the unconditional one
 ):  # denoiser
     "Classifier-free guidance (Ho & Salimans, 2021); the empty condition is the zero vector."
+    if not y.is_floating_point(): raise ValueError(f"the condition of classifier-free guidance is {y.dtype}: the zero vector stands for none, so give embeddings [N, E], not classes")
     if scale == 1: return diffusion.denoiser(model, y=y)
     both = torch.cat([y, torch.zeros_like(y)])
     def denoise(x_t, t):

@@ -25,7 +25,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from tqdm.auto import tqdm
 
-from .core import get_device
+from .core import get_device, on_white
 
 # %% ../nbs/lib/metrics.ipynb #ac68f449
 def efficientnet_lite0() -> torch.nn.Module:
@@ -102,9 +102,11 @@ def _as_uint8(images):
     "uint8 [N, H, W, 3]"
     if not isinstance(images, (np.ndarray, torch.Tensor)):
         images = list(images)
+        wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
+        if wrong: raise ValueError(f"the images hold {wrong} and should hold PIL pictures: open a file with PIL.Image.open(path)")
         sizes = {i.size for i in images}
         if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
-        images = np.stack([np.asarray(i.convert('RGB')) for i in images]) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        images = np.stack([np.asarray(on_white(i)) for i in images]) if images else np.zeros((0, 1, 1, 3), np.uint8)
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")
@@ -112,7 +114,7 @@ def _as_uint8(images):
 
 
 def extract_features(
-    images,                           # uint8 [N, H, W, 3], or PIL pictures of one size
+    images,                           # uint8 [N, H, W, 3], or PIL pictures of one size; what is transparent is white
     features='efficientnet-lite0',    # or 'inception' (downloads its weights), or the path of a file with the Inception weights of torch-fidelity
     device=None,                      # the GPU if there is one
     batch_size: int = 32,

@@ -102,7 +102,7 @@ def dpm_solver_pp(
         middle = x_0 if x_0_before is None or step == 0 else x_0 + h/(2*h_before)*(x_0 - x_0_before)
         x = of_x*x + of_x_0*middle
         if eta > 0 and step > 0: x = x + of_noise*_noise_like(x, generators)
-        x_0_before, h_before = x_0, h
+        x_0_before, h_before = x_0.clone(), h  # a compiled network may write its next answer to the same memory
         if hook: x = hook(x, step)
         yield Step(step, x, x_0)
 

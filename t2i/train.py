@@ -7,7 +7,7 @@ __all__ = ['AHEAD', 'Task', 'step_generator', 'batch_indices', 'learning_rate_fa
            'Muon', 'Energy', 'Log', 'TrainConfig', 'make_config', 'check_hours', 'train']
 
 # %% ../nbs/lib/train.ipynb #d9a396db
-import contextlib, csv, functools, itertools, math, signal, threading, time, warnings
+import contextlib, csv, functools, itertools, math, os, signal, threading, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +21,7 @@ from torch import nn
 try: import fcntl
 except ImportError: fcntl = None  # Windows knows no such locks
 
-from .core import atomic_path, get_device, uses_bfloat16, load_into, make_generators, process_state, save_json, save_weights
+from .core import atomic_path, compiles, enough_memory, get_device, uses_bfloat16, load_into, make_generators, process_state, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
@@ -117,13 +117,17 @@ class Muon(torch.optim.Adam):
 # %% ../nbs/lib/train.ipynb #862c6705
 class Energy:
     "Energy of a run in kWh and kg CO2 equivalents, measured by codecarbon without a network."
-    def __init__(self, country: str = 'CHE'):
+    def __init__(
+        self,
+        country: str = 'CHE',  # of the electricity
+        gpus: 'list | None' = None,  # that are measured; None: all of the machine
+    ):
         import logging
         logging.getLogger('codecarbon').disabled = True
         from codecarbon import OfflineEmissionsTracker
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            self.tracker = OfflineEmissionsTracker(country_iso_code=country, save_to_file=False, log_level='critical', measure_power_secs=30, allow_multiple_runs=True)
+            self.tracker = OfflineEmissionsTracker(country_iso_code=country, save_to_file=False, log_level='critical', measure_power_secs=30, allow_multiple_runs=True, **({'gpu_ids': gpus} if gpus else {}))
             self.tracker.start()
 
     def read(self) -> dict:
@@ -265,17 +269,21 @@ class _Run:
         if self.task.contrastive and self.micro_batch < c.batch_size:
             raise ValueError(f"the loss of {name} compares all examples of a batch: train it in one process, without micro_batch")
         self.mine = slice(self.rank*share, (self.rank + 1)*share)
+        self.memory = f"a training step with {self.micro_batch} examples at once", f"set {'batch_size' if self.task.contrastive else 'micro_batch'} below {self.micro_batch} in the preset's [train] section, and gradient_checkpointing = true for a U-Net"
 
     def wrap(self, initial):
         "Weights from the checkpoint, `initial` or the task; then the model as this hardware needs it, its moving average and the optimiser."
         c, device, model = self.c, self.accelerator.device, self.task.model
         state = self.read()
-        if state: load_into(model, state['model'], self.checkpoint)
+        if state:
+            was, now = (m.get('target') for m in (state.get('task', {}), self.task.metadata()))
+            if was and was != now: raise ValueError(f"{self.checkpoint} is of a network that learned to predict {was}, and the preset's target is {now}: set it to {was!r}, or train into another folder")
+            load_into(model, state['model'], self.checkpoint)
         elif initial is not None: load_into(model, initial, 'the initial weights')
         model.to(device)
         if self.processes > 1:
             for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.detach(), 0)
-        if c.compile: model.compile()
+        if c.compile and compiles(device): model.compile()
         if c.fsdp and self.processes > 1:
             from torch.distributed.fsdp import fully_shard
             mesh = dist.init_device_mesh(device.type, (self.processes,))
@@ -295,6 +303,7 @@ class _Run:
         self.optimizer = optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
         if state:
             self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
+            for group in self.optimizer.param_groups: group.update(betas=tuple(c.betas), weight_decay=c.weight_decay)  # as they are in the preset now
             for k in self.counts: setattr(self, k, state[k])
             self.energy_before = state['energy']
 
@@ -326,7 +335,7 @@ class _Run:
     def save(self, energy):
         with self.evaluation(): average = self.tensors() if self.average else None
         state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
-                 'energy': energy, **{k: getattr(self, k) for k in self.counts}}
+                 'energy': energy, 'task': self.task.metadata(), **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
         if not self.c.keep_best: self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
@@ -377,7 +386,7 @@ class _Run:
         for i, piece in enumerate(pieces):
             batch = [b.to(self.accelerator.device, non_blocking=True) for b in piece]
             accumulates = i < len(pieces) - 1 and not c.fsdp
-            with self.accelerator.no_sync(self.model) if accumulates else contextlib.nullcontext():
+            with enough_memory(*self.memory), self.accelerator.no_sync(self.model) if accumulates else contextlib.nullcontext():
                 with self.accelerator.autocast(): losses = self.task.loss(self.model, batch)
                 self.accelerator.backward(losses['loss']/len(pieces))
             for k, v in losses.items(): numbers[k] = numbers.get(k, 0) + v.detach()/len(pieces)
@@ -396,6 +405,13 @@ class _Run:
             except Exception: return math.nan  # the driver does not say: part of a GPU, or a container without its library
         (busy, wall), self.clock = self.clock, (time.process_time(), time.monotonic())
         return (self.clock[0] - busy)/(self.clock[1] - wall)/torch.get_num_threads()
+
+    def gpus(self) -> 'list | None':
+        "The GPUs of this machine that train, as its driver names them."
+        if not self.gpu: return None
+        named = os.environ.get('CUDA_VISIBLE_DEVICES')
+        visible = named.split(',') if named else list(range(torch.cuda.device_count()))
+        return visible[:int(os.environ.get('LOCAL_WORLD_SIZE', 1))] if self.processes > 1 else [visible[torch.cuda.current_device()]]
 
     # -- what happens now and then: in all processes alike, so that none waits for another -----------------------
     @contextlib.contextmanager
@@ -476,7 +492,7 @@ class _Run:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
         rows = Log.read(self.out/'log.csv')
         lowest = min((float(r['loss']) for r in rows if int(r['step']) <= self.step and r.get('loss')), default=math.inf)
-        log, energy = Log(self.out, self.step) if self.main else None, Energy() if self.accelerator.is_local_main_process else None
+        log, energy = Log(self.out, self.step) if self.main else None, Energy(gpus=self.gpus()) if self.accelerator.is_local_main_process else None
         def total_energy():
             used = self.agree(*(energy.read().values() if energy else (0., 0.)), op=dist.ReduceOp.SUM)
             return {k: v + before for v, (k, before) in zip(used, self.energy_before.items())}
@@ -505,10 +521,10 @@ class _Run:
                     if validates: row |= self.validate()
                     if row and self.main:
                         with self.write(): log.write(self.step, **row)
-                    if self.step % self.c.sample_every == 0 or self.finished: self.draw()
                     if due or self.finished:  # also by what the validation has just said
                         self.save(total_energy())
                         saved = time.monotonic()
+                    if self.step % self.c.sample_every == 0 or self.finished: self.draw()
             used = total_energy()
         finally:
             self.coming.close()

@@ -7,13 +7,14 @@ __all__ = ['translator_loss', 'identity', 'TranslatorLayer', 'Translator', 'make
            'TranslatorTask']
 
 # %% ../nbs/04_translator.ipynb #15558801
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import load_preset, randint
+from .core import fixed_seed, load_preset, randint
 from .data import PreparedDataset, Statistics
 from .train import Task
 
@@ -87,8 +88,7 @@ def translator_validation(
 ) -> dict:  # validation_loss, validation_loss_dropout, identity_loss
     "The loss on held-out pairs without dropout and, as the thesis measured it, with; and that of the identity."
     training, losses = model.training, {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with fixed_seed(seed):
         for name, on in [('validation_loss', False), ('validation_loss_dropout', True)]:
             losses[name] = translator_loss(model.train(on), text_embeddings, image_embeddings).item()
     model.train(training)
@@ -106,7 +106,7 @@ class TranslatorTask(Task):
         self.preset, prepared = load_preset(preset), Path(prepared)
         self.share = self.preset.data.get('recoloured', 0.) if recoloured else 0.
         self.recoloured = PreparedDataset(Path(recoloured)/'train', captions=True) if self.share else None
-        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True) for split in ('train', 'validation'))
+        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
 
@@ -126,8 +126,14 @@ class TranslatorTask(Task):
 
     def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}
 
+    @cached_property
+    def held_out_pairs(self):
+        "Of at most ten thousand held-out pictures, spread over all of them: the hundreds of validations of a long training read the shards once."
+        n = min(len(self.held_out), 10_000)
+        return self.pairs(self.held_out, torch.arange(n)*len(self.held_out)//n, torch.zeros(n, dtype=torch.long))
+
     def validate(self, model):
-        everything, device = torch.arange(len(self.held_out)), next(model.parameters()).device
-        return translator_validation(model, *(v.to(device) for v in self.pairs(self.held_out, everything, torch.zeros_like(everything))))
+        device = next(model.parameters()).device
+        return translator_validation(model, *(v.to(device) for v in self.held_out_pairs))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'translator'}

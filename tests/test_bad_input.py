@@ -1,6 +1,7 @@
 """Bad input gets one clear sentence, from Python and from the shell."""
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -85,7 +86,7 @@ def test_file_of_captions_in_other_encodings(generate, tmp_path):
     says(generate('--file', tmp_path/'latin.txt'), 'latin.txt', 'UTF-8')
     (tmp_path/'bom.txt').write_bytes('a red apple'.encode('utf-8-sig'))
     done = shell('generate', '--preset', 'smoke', '--file', tmp_path/'bom.txt', '--steps', 1, '--out', tmp_path/'pictures')
-    assert done.exit_code == 0 and (tmp_path/'pictures/captions.txt').read_bytes() == b'a red apple\n'
+    assert done.exit_code == 0 and json.loads((tmp_path/'pictures/settings.json').read_text())['captions'] == ['a red apple']
 
 
 def test_long_caption(pipe, generate):
@@ -330,17 +331,27 @@ def test_full_disk_for_weights(weights, monkeypatch, tmp_path):
     says(shell('convert', weights/'decoder.safetensors', tmp_path/'x.safetensors'), str(tmp_path/'x.safetensors'), 'No space left', 'make room')
 
 
-@pytest.mark.parametrize('there', ['0001.png', 'captions.txt'])
-def test_single_pictures_are_not_overwritten(there, tmp_path, no_models):
-    (tmp_path/there).write_text('precious')
-    says(shell('generate', 'a', '-n', 2, '--preset', 'smoke', '--out', tmp_path), there, 'another folder')
-    assert [p.name for p in tmp_path.iterdir()] == [there] and (tmp_path/there).read_text() == 'precious'
+def test_single_pictures_are_not_overwritten(tmp_path):
+    (tmp_path/'00001.png').write_text('precious')
+    says(shell('generate', 'a', '-n', 2, '--preset', 'smoke', '--out', tmp_path), str(tmp_path), 'another folder')
+    assert [p.name for p in tmp_path.iterdir()] == ['00001.png'] and (tmp_path/'00001.png').read_text() == 'precious'
 
 
 def test_single_pictures_beside_other_files(tmp_path):
-    for other in ('0001.png', 'notes.txt'): (tmp_path/other).write_text('precious')
+    (tmp_path/'notes.txt').write_text('precious')
     assert shell('generate', 'a', '--preset', 'smoke', '--steps', 1, '--out', tmp_path).exit_code == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['0000.png', '0001.png', 'captions.txt', 'notes.txt']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['00000.png', 'notes.txt', 'settings.json']
+
+
+def test_a_stopped_folder_of_single_pictures_goes_on(tmp_path):
+    "With the seed that it began with; pictures that are there stay, and other captions are refused."
+    draw = lambda *captions: shell('generate', *captions, '--preset', 'smoke', '--steps', 1, '--batch-size', 1, '--out', tmp_path)
+    assert draw('a', 'b', 'c').exit_code == 0
+    whole, first = [(tmp_path/f'{i:05}.png').read_bytes() for i in range(3)], (tmp_path/'00000.png').stat().st_mtime_ns
+    for i in (1, 2): (tmp_path/f'{i:05}.png').unlink()
+    assert draw('a', 'b', 'c').exit_code == 0
+    assert [(tmp_path/f'{i:05}.png').read_bytes() for i in range(3)] == whole and (tmp_path/'00000.png').stat().st_mtime_ns == first
+    says(draw('a', 'd', 'c'), 'captions', 'another folder')
 
 
 # -- numbers that are none, or too many ---------------------------------------------------------------------------

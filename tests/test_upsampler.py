@@ -411,4 +411,4 @@ def test_command_enlarges_where_the_preset_has_an_upsampler_of_its_own(tmp_path)
     for options, size in ([], 256), (['--no-upsample'], 64):
         result = CliRunner().invoke(app, ['generate', 'a red apple', '--steps', '2', '--device', 'cpu', '--out', str(tmp_path/str(size)), *options])
         assert result.exit_code == 0, result.output
-        assert Image.open(tmp_path/str(size)/'0000.png').size == (size, size)
+        assert Image.open(tmp_path/str(size)/'00000.png').size == (size, size)
