@@ -22,6 +22,7 @@ import steps
 import tuning
 from t2i.benchmarks import speed_tables
 from t2i.core import load_preset, make_generators, randn
+from t2i.costs import stage_table
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
@@ -29,7 +30,7 @@ from t2i.judge import COMPOSED, TrainingPictures, caption_ranks
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import as_pictures
 from t2i.sampling import SAMPLERS
-from t2i.unet import UNet, stage_table
+from t2i.unet import UNet
 
 
 @pytest.fixture(scope='module')
