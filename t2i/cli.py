@@ -13,6 +13,7 @@ from typing import List, Optional
 
 import torch, typer
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, process_state, save_weights
 
@@ -418,7 +419,6 @@ def figures(
     notebooks = PACKAGE.parent/'nbs'
     if not notebooks.is_dir(): raise FileNotFoundError(f"the chapters are notebooks of the repository and {notebooks} is not there: clone the repository and install it with pip install -e .")
     import papermill
-    from tqdm.auto import tqdm
     started, failed = time.time(), {}
     out = PACKAGE.parent/out
     _check_folder(out)

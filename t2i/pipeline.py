@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
@@ -218,7 +219,6 @@ class TextToImage:
         pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
-        from tqdm.auto import tqdm
         with weights_stay(), tqdm(total=len(y), desc='images', disable=not progress) as bar:
             for i in range(0, len(y), size):
                 part = slice(i, i + size)
@@ -289,7 +289,6 @@ class TextToImage:
 
     def _upsample(self, x, y, label, noise, generators, batch_size, progress, originals=None):
         "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
-        from tqdm.auto import tqdm
         settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
         size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
@@ -378,7 +377,6 @@ def draw_to_folder(
     **settings,  # num_inference_steps, guidance_scale, sampler, upsample, …: see `TextToImage`
 ) -> list:  # N paths
     "Draw pictures to `folder`/00000.png, 00001.png, … and go on where an earlier run was stopped. A `ValueError` refuses a folder of other settings."
-    from tqdm.auto import tqdm
     folder, (p, n) = Path(folder), share
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
