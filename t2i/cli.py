@@ -424,7 +424,7 @@ def figures(
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     chapters = sorted({e.notebook for e in wanted.values()})
-    given = {'preset': preset, 'out_dir': out, 'device': device, 'checkpoints': folder and folder.absolute(), 'data': data and data.absolute()}
+    given = {'preset': preset, 'out_dir': out, 'device': device, 'folder': folder and folder.absolute(), 'data': data and data.absolute()}
     for chapter in (bar := tqdm(chapters, desc='chapters')):
         bar.set_postfix_str(chapter)
         known = papermill.inspect_notebook(str(notebooks/f'{chapter}.ipynb'))

@@ -75,14 +75,14 @@ class TextToImage:
         cls,
         preset='emoji',  # name, path, or a preset
         device=None,  # default: the GPU if there is one
-        checkpoints=None,  # a folder with the models, the authors' files or ours (see `checkpoints`); default: those that ship
+        folder=None,  # with the models, the authors' files or ours (see `checkpoints`); default: those that ship
     ):
         "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there."
         preset, device = load_preset(preset), get_device(device)
-        if 'weights' not in preset and checkpoints is None:
-            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, checkpoints=…) or --folder")
-        if not (checkpoints or preset.get('weights')): return cls._random(preset, device)
-        folder, size = Path(checkpoints or ASSETS/preset.weights), preset.clip.embedding_size
+        if 'weights' not in preset and folder is None:
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
+        if not (folder or preset.get('weights')): return cls._random(preset, device)
+        folder, size = Path(folder or ASSETS/preset.weights), preset.clip.embedding_size
         paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
         statistics = load_statistics(folder, size)
         clip = CLIP.from_preset(preset, device, folder)
