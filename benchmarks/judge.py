@@ -13,7 +13,7 @@ from t2i.clip import CLIP
 from t2i.core import load_preset, save_json
 from t2i.data import load_emoji
 from t2i.experiments import REAL, VARIANTS, draw_pairs, draw_variant, measure
-from t2i.judge import COMPOSED, TrainingPictures, caption_ranks, compose, fid_error, part_scores
+from t2i.judge import TEMPLATES, TrainingPictures, caption_ranks, compose, fid_error, part_scores
 from t2i.metrics import extract_features
 from t2i.pipeline import TextToImage
 from t2i.plots import as_pictures
@@ -73,7 +73,7 @@ def judge_variants(pipe, judge, training, pairs, folder, progress=False) -> dict
     floor = np.concatenate([pairs.images, np.stack([np.asarray(training.pictures[i]) for i in others])])
     table = measure(drawn, pairs, floor, pipe.clip, device=pipe.device)
     table = table.join(pd.DataFrame({name: judge_variant(judge, training, pictures, pairs, real) for name, pictures in (drawn | {REAL: as_pictures(pairs.images)}).items()}).T)
-    parts = part_scores(judge, COMPOSED, pipe([compose(t)[0] for t in COMPOSED], generator=0))
+    parts = part_scores(judge, TEMPLATES, pipe([compose(t)[0] for t in TEMPLATES], generator=0))
     table.attrs['parts'] = parts.right.mean()
     return {'pictures': len(pairs), 'seed': SEED, 'variants': json.loads(table.to_json(orient='index')), 'embeddings': what_embeddings_hold(judge, pipe, training, pairs, drawn),
             'goals': {k: {'found': float(f), 'goal': g} for k, (f, g) in goals(table).items()},

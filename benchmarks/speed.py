@@ -18,6 +18,7 @@ from growth import growth, save_prepared
 from measure import REPOSITORY, RESULTS, alternate, compare, machine, machine_name, matmul_rate, peak_memory
 from t2i.convolution import weights_stay
 from t2i.core import ASSETS, autocast, get_device, load_preset, load_weights, make_generators, randn, save_json, uses_bfloat16
+from t2i.costs import stage_table
 from t2i.data import Statistics
 from t2i.decoder import DecoderTask, decode, guided_denoiser, make_decoder, make_diffusion
 from t2i.experiments import draw_pairs
@@ -25,7 +26,7 @@ from t2i.metrics import evaluate
 from t2i.pipeline import TextToImage
 from t2i.sampling import SAMPLERS
 from t2i.train import TrainConfig, _Run, make_config
-from t2i.unet import UNet, stage_table
+from t2i.unet import UNet
 
 try: import diffusers
 except ImportError: diffusers = None

@@ -170,7 +170,7 @@ def load_config(
 ) -> Preset:
     "The preset in a folder's config.json."
     path = Path(folder)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder} has no config.json, so nobody knows its models' sizes: name the preset, TextToImage.from_preset(…, checkpoints={str(folder)!r})")
+    if not path.is_file(): raise FileNotFoundError(f"{folder} has no config.json, so nobody knows its models' sizes: name the preset, TextToImage.from_preset(…, folder={str(folder)!r})")
     try: config = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again") from None
     lacking = {'name', 'clip', 'data', 'diffusion', 'decoder', 'translator', 'sampling'} - set(config)

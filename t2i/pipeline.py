@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
@@ -65,14 +66,14 @@ class TextToImage:
         cls,
         preset='emoji',  # name, path, or a preset
         device=None,  # default: the GPU if there is one
-        checkpoints=None,  # a folder with the models, the authors' files or ours (see `checkpoints`); default: those that ship
+        folder=None,  # with the models, the authors' files or ours (see `checkpoints`); default: those that ship
     ):
         "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there."
         preset, device = load_preset(preset), get_device(device)
-        if 'weights' not in preset and checkpoints is None:
-            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, checkpoints=…) or --folder")
-        if not (checkpoints or preset.get('weights')): return cls._random(preset, device)
-        folder, size = Path(checkpoints or ASSETS/preset.weights), preset.clip.embedding_size
+        if 'weights' not in preset and folder is None:
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
+        if not (folder or preset.get('weights')): return cls._random(preset, device)
+        folder, size = Path(folder or ASSETS/preset.weights), preset.clip.embedding_size
         paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
         statistics = load_statistics(folder, size)
         with enough_memory(f"the models of the preset {preset.name!r}"):
@@ -211,7 +212,6 @@ class TextToImage:
         pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
-        from tqdm.auto import tqdm
         with weights_stay(), tqdm(total=len(y), desc='images', disable=not progress) as bar:
             for i in range(0, len(y), size):
                 part = slice(i, i + size)
@@ -282,7 +282,6 @@ class TextToImage:
 
     def _upsample(self, x, y, label, noise, generators, batch_size, progress, originals=None):
         "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
-        from tqdm.auto import tqdm
         settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
         size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
@@ -378,7 +377,6 @@ def draw_to_folder(
     **settings,  # num_inference_steps, guidance_scale, sampler, upsample, …: see `TextToImage`
 ) -> list:  # N paths
     "Draw pictures to `folder`/00000.png, 00001.png, … and go on where an earlier run was stopped. A `ValueError` refuses a folder of other settings."
-    from tqdm.auto import tqdm
     folder, (p, n) = Path(folder), share
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)

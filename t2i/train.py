@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from tqdm.auto import tqdm
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows knows no such locks
@@ -486,7 +487,6 @@ class _Run:
         with self.alone(): return self.train()
 
     def train(self) -> Path:
-        from tqdm.auto import tqdm
         if self.finished and self.main: print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to train; give more, or name another folder")
         if self.main:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()

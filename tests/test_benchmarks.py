@@ -22,14 +22,15 @@ import steps
 import tuning
 from t2i.benchmarks import speed_tables
 from t2i.core import load_preset, make_generators, randn
+from t2i.costs import stage_table
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
-from t2i.judge import COMPOSED, TrainingPictures, caption_ranks
+from t2i.judge import TEMPLATES, TrainingPictures, caption_ranks
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import as_pictures
 from t2i.sampling import SAMPLERS
-from t2i.unet import UNet, stage_table
+from t2i.unet import UNet
 
 
 @pytest.fixture(scope='module')
@@ -169,7 +170,7 @@ def pipe():
 def test_pictures_are_judged_by_every_measure(pipe, tmp_path):
     expert = TextToImage.from_preset('emoji', 'cpu').clip
     found = judge.judge_variants(pipe, expert, TrainingPictures('cpu', limit=8), draw_pairs(8, judge.SEED), tmp_path)
-    assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(COMPOSED) and len(found['goals']) == 9
+    assert set(found['variants']) == {*VARIANTS, REAL} and len(found['parts']) >= len(TEMPLATES) and len(found['goals']) == 9
     assert 0 < found['variants'][REAL]['recall@1'] <= found['variants'][REAL]['recall@10'] and found['variants'][REAL]['copies'] == 0
     pairs = draw_pairs(8, judge.SEED)
     ranks, alone = caption_ranks(expert, as_pictures(pairs.images), pairs.captions), [not c.endswith(('flat style', 'fluent style')) for c in pairs.captions]

@@ -29,7 +29,7 @@ def folder(published, tmp_path): return shutil.copytree(published, tmp_path/'che
 
 
 @pytest.fixture(scope='module')
-def drawn(published, small): return draw(TextToImage.from_preset(small, 'cpu', checkpoints=published))
+def drawn(published, small): return draw(TextToImage.from_preset(small, 'cpu', folder=published))
 
 
 def draw(pipe): return [np.asarray(p) for p in pipe(['a dog', 'a red bus'], generator=1, upsample=True)]
@@ -284,7 +284,7 @@ def test_the_hub_is_asked_for_an_id(pipe, tmp_path, monkeypatch):
 
 
 def test_folder_without_its_configuration(published, tmp_path):
-    told(lambda: TextToImage.from_pretrained(published, 'cpu'), 'config.json', 'checkpoints=')
+    told(lambda: TextToImage.from_pretrained(published, 'cpu'), 'config.json', 'folder=')
     (tmp_path/'config.json').write_text('{"model_type": "bert"}')
     told(lambda: TextToImage.from_pretrained(tmp_path, 'cpu'), 'config.json', 'translator')
     (tmp_path/'config.json').write_text('{')

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from t2i.core import load_into, load_weights
+from t2i.costs import stage_table
 from t2i.decoder import make_decoder, make_diffusion
 from t2i.translator import Translator, make_translator
-from t2i.unet import UNet, stage_table
+from t2i.unet import UNet
 
 GOLDEN = Path(__file__).parent/'golden'
 CLOSE = dict(atol=1e-4, rtol=0)

@@ -19,7 +19,7 @@ NOTEBOOKS = sorted(p for p in (REPOSITORY/'nbs').rglob('*.ipynb') if '.ipynb_che
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-9]_', p.name)]
 # a module imports from rows above its own only
 LAYERS = [['core', 'readers', 'convolution', 'colours'], ['plots', 'train', 'metrics', 'data', 'diffusion', 'benchmarks'], ['clip'], ['guidance', 'sampling', 'image_guidance', 'judge'], ['unet'],
-          ['diagrams', 'checkpoints'], ['decoder', 'translator', 'classifier'], ['upsampler'], ['pipeline'], ['experiments', 'clip_algebra', 'own_data'], ['cli']]
+          ['diagrams', 'checkpoints', 'costs'], ['decoder', 'translator', 'classifier'], ['upsampler'], ['pipeline'], ['experiments', 'clip_algebra', 'own_data'], ['cli']]
 
 def name(path): return str(path.relative_to(REPOSITORY))
 def read(path): return json.loads(path.read_text(encoding='utf-8'))

@@ -94,7 +94,7 @@ def walked(published, small, coco, tmp_path_factory):
         patch.setenv('HF_HUB_OFFLINE', '1')
         papermill.execute_notebook(
             str(Path(__file__).parents[1]/'nbs/05_experiments.ipynb'), str(top/'table.ipynb'), progress_bar=False,
-            parameters=dict(preset=str(small), checkpoints=str(published), data=str(coco), samples=str(top/'samples'), n_images=8, n_samples=2, upsample=True, device='cpu', out_dir=str(top/'figures')))
+            parameters=dict(preset=str(small), folder=str(published), data=str(coco), samples=str(top/'samples'), n_images=8, n_samples=2, upsample=True, device='cpu', out_dir=str(top/'figures')))
     return top, before
 
 
