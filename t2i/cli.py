@@ -369,7 +369,7 @@ def pack(
     "Write the float16 weights, the statistics and the logs of a run to one folder, for `--folder` or to ship; with the CLIP that it used."
     from t2i.data import Statistics
     settings = load_preset(preset)
-    if not (out or preset in preset_names() and settings.get('weights')): raise ValueError(f"the preset {settings.name!r} has no place in the package for weights: name a folder with --out")
+    if not (out or preset in preset_names() and settings.get('weights')): raise ValueError(f"the preset {preset!r} has no place in the package for weights: name a folder with --out")
     runs, out = runs or Path('runs')/settings.name, out or ASSETS/settings.weights
     _check_folder(out)
     written = []

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,11 @@ from typer.testing import CliRunner
 
 from t2i import data
 from t2i.cli import app
-from t2i.core import PRESETS, load_preset, load_weights, save_weights
+from t2i.checkpoints import check_clip, load_statistics
+from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
+from t2i.decoder import decoder_loss
+from t2i.guidance import classifier_free
 from t2i.pipeline import TextToImage, draw_to_folder
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
@@ -468,3 +472,70 @@ def test_mask(pipe):
     assert drawn == draw(left) == draw(left > 0) == draw(torch.tensor(left)[None, None]) != draw(None)
     for wrong in ('x.png', left[:8], 255*left, left*math.nan, left[None]):
         with pytest.raises(ValueError, match='the mask is a .*L, or a tensor'): draw(wrong)
+
+
+# -- presets of one's own -----------------------------------------------------------------------------------------
+def own_preset(tmp_path, source='smoke', **keys):
+    "A copy of a preset with other values of keys."
+    text = (PRESETS/f'{source}.toml').read_text()
+    for key, value in keys.items():
+        text, n = re.subn(rf'(?m)^{key} = \S+', f'{key} = {value}' if value is not None else '', text, count=1)
+        assert n == 1, key
+    (tmp_path/'mine.toml').write_text(text)
+    return tmp_path/'mine.toml'
+
+
+def test_packing_an_own_preset_leaves_the_weights_that_ship(tmp_path):
+    "A copy of emoji.toml names their place."
+    mine = own_preset(tmp_path, 'emoji')
+    says(shell('pack', '--preset', mine, '--runs', tmp_path), str(mine), '--out')
+
+
+def test_weights_of_another_target(tmp_path):
+    mine = own_preset(tmp_path, 'emoji', target='"eps"')
+    with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for eps"): TextToImage.from_preset(mine, 'cpu')
+
+
+def test_the_target_is_kept_with_a_saved_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert load_weights(tmp_path/'decoder.safetensors')[1]['target'] == pipe.preset.diffusion.target
+
+
+def test_a_preset_that_names_no_clip(tmp_path, shards):
+    mine = own_preset(tmp_path, weights=None)
+    says(shell('prepare', '--preset', mine, '--source', shards[0], '--out', tmp_path/'prepared'), "'smoke' ships no CLIP", '--folder')
+    assert not (tmp_path/'prepared').exists()
+
+
+@pytest.mark.parametrize('key, value, words', [('image_size', 32, 'the pictures in'), ('embedding_size', 16, 'the embeddings in')])
+@pytest.mark.parametrize('stage', ['translator', 'decoder'])
+def test_prepared_at_another_size(stage, key, value, words, pipe, shards, tmp_path):
+    "Found before the training, not after it."
+    prepare(pipe.clip, shards[0], tmp_path/'prepared', 64, progress=False)
+    preset = load_preset('smoke')
+    section = 'data' if key == 'image_size' else 'clip'
+    changed = Preset.nest(preset | {section: preset[section] | {key: value}})
+    from t2i.decoder import DecoderTask
+    from t2i.translator import TranslatorTask
+    with pytest.raises(ValueError, match=rf"{words} .* and {section}.{key} of the preset 'smoke' is {value}"): {'translator': TranslatorTask, 'decoder': DecoderTask}[stage](changed, tmp_path/'prepared')
+
+
+def test_statistics_know_their_clip(pipe, shards, tmp_path):
+    "By a probe, whatever the captions are that they were computed from; it survives saving."
+    prepare(pipe.clip, shards[0], tmp_path/'prepared', 64, progress=False)
+    statistics = data.Statistics.load(tmp_path/'prepared/statistics.safetensors')
+    far = replace(statistics, text=data.Standardizer(torch.full_like(statistics.text.mean, 100.), statistics.text.std))  # as of captions that are all alike
+    far.save(tmp_path/'statistics.safetensors')
+    check_clip(pipe.clip, load_statistics(tmp_path, 32), tmp_path)
+    with pytest.raises(ValueError, match='cosine of the means'): check_clip(pipe.clip, replace(far, probe=None), tmp_path)
+    other = load_preset('smoke').clip
+    torch.manual_seed(5)
+    other = type(pipe.clip).small(other, pipe.clip.tokenize.pieces, 'cpu')
+    with pytest.raises(ValueError, match='of another one'): check_clip(other, statistics, tmp_path)
+
+
+def test_classes_are_no_embeddings(pipe):
+    "The zero vector would be class 0."
+    y = torch.tensor([3])
+    with pytest.raises(ValueError, match='not classes'): classifier_free(pipe.diffusion, pipe.decoder, y, 2.)
+    with pytest.raises(ValueError, match='not classes'): decoder_loss(pipe.diffusion, pipe.decoder, torch.zeros(1, 3, 64, 64), y, torch.tensor([5]), torch.zeros(1, 3, 64, 64), torch.tensor([False]))

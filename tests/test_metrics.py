@@ -169,3 +169,13 @@ def test_distances_of_too_few_pictures():
     for function, few in ((frechet_distance, 1), (kernel_distance, 3), (precision_recall, 3)):
         with pytest.raises(ValueError, match=f'{few} and {few} images are too few'): function(features[:few], features[:few])
     with pytest.raises(ValueError, match='3 images and 1 captions'): clip_score(None, [None]*3, 'abc')
+
+
+def test_what_is_transparent_is_white():
+    clear, white = ([Image.new(mode, (64, 64), colour)] for mode, colour in (('RGBA', (0, 0, 0, 0)), ('RGB', 'white')))
+    assert torch.equal(extract_features(clear, device='cpu').pooled, extract_features(white, device='cpu').pooled)
+
+
+def test_paths_are_no_pictures():
+    for images in ('folder', ['a.png', 'b.png']):
+        with pytest.raises(ValueError, match='hold str and should hold PIL pictures'): extract_features(images, device='cpu')

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,10 @@ from typer.testing import CliRunner
 
 import stand_ins
 from t2i.cli import app
-from t2i.core import get_device, uses_bfloat16
+from t2i.core import get_device, process_state, uses_bfloat16
 from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants
 from t2i.pipeline import TextToImage, draw_to_folder, process_share
+from t2i.train import _Run
 
 pytestmark = [pytest.mark.usefixtures('no_network'), pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')]
 FOLDERS = ['full_pipeline_42', 'full_pipeline_43', 'image_decoder_only_42', 'no_clip_translator_42', 'real_42']
@@ -280,6 +282,7 @@ def test_each_gpu_is_asked_for_its_own_precision(four_gpus, monkeypatch):
         def __enter__(self): pass
         def __exit__(self, *_): entered.append(None)
     monkeypatch.setattr('torch.cuda.device', on)
+    monkeypatch.delenv('T2I_PRECISION', raising=False)
     monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation: entered[-1] == 2)
     assert [uses_bfloat16(f'cuda:{i}') for i in (1, 2)] == [False, True]
 
@@ -315,3 +318,13 @@ def test_too_little_memory_for_the_upsampler_or_the_models(published, small, mon
         says(shell(*generate, '--batch-size', 1), 'a picture of 64×64 pixels')
     monkeypatch.setattr('t2i.unet.UNet.to', out_of_memory)
     says(shell(*generate), "the models of the preset 'small'", 'more memory')
+
+
+def test_a_process_alone_works_on_the_gpu_that_it_was_given(four_gpus, monkeypatch):
+    "Also if that is the first one and it worked on another before."
+    chosen = []
+    monkeypatch.setattr('torch.cuda.set_device', lambda device: chosen.append(str(device)))
+    monkeypatch.setattr('accelerate.PartialState', lambda cpu: SimpleNamespace(wait_for_everyone=lambda: None))
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    for device in ('cuda:1', 'cuda:0', 'cpu'): process_state(device)
+    assert chosen == ['cuda:1', 'cuda:0']

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
-from t2i.core import load_into, load_weights, randn
+from t2i.core import load_into, load_weights, randn, save_weights
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.train import Log, Task, TrainConfig, _Run, train
+from t2i.translator import TranslatorTask
 
 
 @pytest.fixture(scope='module')
@@ -344,3 +345,74 @@ def test_a_driver_that_does_not_say_how_busy_it_is(tmp_path, monkeypatch):
 def test_a_process_stays_on_one_kind_of_device(tmp_path, monkeypatch):
     monkeypatch.setattr('t2i.train.process_state', lambda device: SimpleNamespace(device=torch.device('cuda')))
     with pytest.raises(ValueError, match='works on cuda already and cannot train on cpu too'): train(Line(), LINE, tmp_path, device='cpu', progress=False)
+
+
+class Line(Task):
+    "Two numbers and a target for them, without noise."
+    target, cannot_draw, no_memory = 'x0', False, False
+
+    def __init__(self, **settings):
+        self.model = nn.Linear(2, 1)
+        for k, v in settings.items(): setattr(self, k, v)
+
+    def __len__(self): return 64
+    def batch(self, indices, generators): return [torch.stack([indices/64., 1 - indices/64.], 1)]
+    def loss(self, model, batch):
+        if self.no_memory: raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nSee PYTORCH_CUDA_ALLOC_CONF.')
+        return {'loss': (model(batch[0]) - 1).square().mean()}
+    def samples(self, model):
+        if self.cannot_draw: raise RuntimeError('no picture')
+    def metadata(self): return {'target': self.target}
+
+
+SHORT = dict(batch_size=8, steps=20, learning_rate=1e-2, warmup=1)
+
+
+def line(out, config=SHORT, **settings): return train(Line(**settings), config, out, device='cpu', progress=False)
+
+
+def test_a_training_that_goes_on_takes_the_presets_settings_of_now(tmp_path):
+    line(tmp_path)
+    line(tmp_path, SHORT | {'optimizer': 'adam', 'steps': 21, 'betas': (0.5, 0.9), 'weight_decay': 0.25})
+    group, = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['optimizer']['param_groups']
+    assert tuple(group['betas']) == (0.5, 0.9) and group['weight_decay'] == 0.25
+
+
+def test_a_training_that_cannot_draw_is_saved(tmp_path):
+    with pytest.raises(RuntimeError, match='no picture'): line(tmp_path, cannot_draw=True)
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 20 and (tmp_path/'weights.safetensors').exists()
+
+
+def test_a_checkpoint_of_another_target(tmp_path):
+    line(tmp_path)
+    with pytest.raises(ValueError, match="learned to predict x0, and the preset's target is eps"): line(tmp_path, SHORT | {'steps': 30}, target='eps')
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 20
+
+
+@pytest.mark.parametrize('contrastive, key', [(False, 'micro_batch'), (True, 'batch_size')])
+def test_a_training_step_too_large_for_the_gpu(tmp_path, contrastive, key):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=f'a training step with 8 examples at once: set {key} below 8'): line(tmp_path, no_memory=True, contrastive=contrastive)
+
+
+def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch):
+    "A warning says why."
+    def compile(function, **options):
+        def run(*arguments): raise RuntimeError('No working C++ compiler found')
+        return run
+    monkeypatch.setattr('torch.compile', compile)
+    with pytest.warns(UserWarning, match='No working C.. compiler found.*not compiled'): line(tmp_path, SHORT | {'compile': True})
+    assert len(losses(tmp_path, 'loss')) and (tmp_path/'weights.safetensors').exists()
+
+
+def test_the_translator_is_validated_on_ten_thousand_pairs_that_are_read_once(tmp_path, monkeypatch):
+    "Spread over all of them, the last ones too."
+    n, reads = 25_000, []
+    prepared(tmp_path)
+    place = torch.arange(n)[:, None].expand(n, 8)/n
+    save_weights(tmp_path/'prepared/validation/00000.safetensors', {'images': torch.zeros(n, 16, 16, 3, dtype=torch.uint8), 'image_embeddings': place.half(), 'text_embeddings': place[:, None].half()}, {'keys': []})
+    task = TranslatorTask(PRESET, tmp_path/'prepared')
+    monkeypatch.setattr(task.held_out, '_gather', lambda name, indices, gather=task.held_out._gather: reads.append(name) or gather(name, indices))
+    first, second = task.validate(task.model), task.validate(task.model)
+    assert first == second and sorted(reads) == ['image_embeddings', 'text_embeddings']
+    _, images = task.held_out_pairs
+    assert images.shape == (10_000, 8) and abs(images.mean() - 0.5) < 0.01 and images.max() > 0.99
