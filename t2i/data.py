@@ -776,11 +776,11 @@ class PreparedDataset:
 
     def __len__(self): return int(self.ends[-1])
 
-    def check(self, preset):
-        "Refuse pictures or embeddings of another size than a preset's."
-        for what, key, found, expected in (('pictures', 'data.image_size', self.shards[0]['images'].shape[1], preset.data.image_size),
-                                           ('embeddings', 'clip.embedding_size', self.shards[0]['image_embeddings'].shape[1], preset.clip.embedding_size)):
-            if found != expected: raise ValueError(f"the {what} in {self.paths[0].parent} are of size {found} and {key} of the preset {preset.name!r} is {expected}: prepare with this preset, or change the key")
+    def check(self, embedding_size: int, image_size: 'int | None' = None):
+        "Refuse embeddings, or pictures, of another size than a preset's → self."
+        for key, name, expected in (('clip.embedding_size', 'image_embeddings', embedding_size), ('data.image_size', 'images', image_size)):
+            found = self.shards[0][name].shape[1]
+            if expected and found != expected: raise ValueError(f"the {name.replace('_', ' ')} in {self.paths[0].parent} are of size {found}, and {key} of the preset is {expected}: prepare with this preset, or change the key")
         return self
 
     @cached_property

@@ -162,7 +162,7 @@ class DecoderTask(Task):
         clip=None,  # embeds the pictures that the preset's `augment` changes; without it none is
     ):
         self.preset, self.clip, prepared = load_preset(preset), clip, Path(prepared)
-        self.data, self.held_out = (PreparedDataset(prepared/split).check(self.preset) for split in ('train', 'validation'))
+        self.data, self.held_out = (PreparedDataset(prepared/split).check(self.preset.clip.embedding_size, self.preset.data.image_size) for split in ('train', 'validation'))
         self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.diffusion, self.finish, self.model = make_diffusion(self.preset), make_diffusion(self.preset, finish=True), make_decoder(self.preset)

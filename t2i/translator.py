@@ -106,7 +106,7 @@ class TranslatorTask(Task):
         self.preset, prepared = load_preset(preset), Path(prepared)
         self.share = self.preset.data.get('recoloured', 0.) if recoloured else 0.
         self.recoloured = PreparedDataset(Path(recoloured)/'train', captions=True) if self.share else None
-        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset) for split in ('train', 'validation'))
+        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
 

@@ -21,9 +21,10 @@ from t2i.cli import app
 from t2i.checkpoints import check_clip, load_statistics
 from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
-from t2i.decoder import decoder_loss
+from t2i.decoder import DecoderTask, decoder_loss
 from t2i.guidance import classifier_free
 from t2i.pipeline import TextToImage, draw_to_folder
+from t2i.translator import TranslatorTask
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
 
@@ -507,17 +508,13 @@ def test_a_preset_that_names_no_clip(tmp_path, shards):
     assert not (tmp_path/'prepared').exists()
 
 
-@pytest.mark.parametrize('key, value, words', [('image_size', 32, 'the pictures in'), ('embedding_size', 16, 'the embeddings in')])
-@pytest.mark.parametrize('stage', ['translator', 'decoder'])
-def test_prepared_at_another_size(stage, key, value, words, pipe, shards, tmp_path):
+@pytest.mark.parametrize('Stage, section, key, value, words', [
+    (DecoderTask, 'data', 'image_size', 32, 'the images in'), (DecoderTask, 'clip', 'embedding_size', 16, 'the image embeddings in'), (TranslatorTask, 'clip', 'embedding_size', 16, 'the image embeddings in')])
+def test_prepared_at_another_size(Stage, section, key, value, words, pipe, shards, tmp_path):
     "Found before the training, not after it."
     prepare(pipe.clip, shards[0], tmp_path/'prepared', 64, progress=False)
     preset = load_preset('smoke')
-    section = 'data' if key == 'image_size' else 'clip'
-    changed = Preset.nest(preset | {section: preset[section] | {key: value}})
-    from t2i.decoder import DecoderTask
-    from t2i.translator import TranslatorTask
-    with pytest.raises(ValueError, match=rf"{words} .* and {section}.{key} of the preset 'smoke' is {value}"): {'translator': TranslatorTask, 'decoder': DecoderTask}[stage](changed, tmp_path/'prepared')
+    with pytest.raises(ValueError, match=rf"{words} .* {section}.{key} of the preset is {value}"): Stage(Preset.nest(preset | {section: preset[section] | {key: value}}), tmp_path/'prepared')
 
 
 def test_statistics_know_their_clip(pipe, shards, tmp_path):
