@@ -120,17 +120,20 @@ def generate(
         with atomic_path(out) as tmp: _grid(pictures, below, n).save(tmp)
         return typer.echo(out)
     share = process_share()
-    for path in draw_to_folder(pipe, below, lambda: pipe.embed_captions(below), out, _seed_of(out) if seed is None else seed, share, progress=share[0] == 0, **settings):
+    for path in draw_to_folder(pipe, below, lambda: pipe.embed_captions(below), out, _seed_of(out, share[1]) if seed is None else seed, share, progress=share[0] == 0, **settings):
         if share[0] == 0: typer.echo(path)
 
 
 PICTURE_FILES = {'.png': None, '.jpg': 65500, '.jpeg': 65500, '.webp': 16383}  # ending → the most pixels of a side
 
 
-def _seed_of(folder: Path) -> int:
+def _seed_of(folder: Path, processes: int) -> int:
     "That of the pictures in a folder, or a fresh one."
-    try: return json.loads((folder/'settings.json').read_text(encoding='utf-8'))['seed']
-    except (OSError, ValueError, TypeError, KeyError): return secrets.randbits(32)
+    from t2i.pipeline import read_settings
+    path = folder/'settings.json'
+    if path.is_file(): return read_settings(path)['seed']
+    if processes > 1: raise ValueError(f"{processes} processes would each draw with a seed of their own: name one with --seed")
+    return secrets.randbits(32)
 
 
 def _check_out(out: Path):
@@ -286,7 +289,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     from t2i.checkpoints import find_checkpoint
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    weights = initial and load_weights(find_checkpoint(initial, 'clip' if stage == 'text' else stage))[0]
+    weights = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
@@ -296,7 +299,9 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     own_clip = _clip_weights(runs) or preset.get('weights') and 'model' not in preset.clip  # a large one is not loaded for the comparison alone
     if prepared and stage in AFTER_CLIP and (own_clip or stage == 'decoder' and preset.decoder.get('augment')):
         from t2i.data import encoded_by
-        if not encoded_by(_clip(preset, runs, device), prepared): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
+        if not encoded_by(_clip(preset, runs, device), prepared):
+            if _clip_weights(runs): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
+            raise ValueError(f"{prepared} was prepared with another CLIP than that of the preset: prepare it without --folder, or leave `weights` out of a preset of your own")
     if stage in AFTER_CLIP: prepared = prepared or _prepare(preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     if stage == 'clip':

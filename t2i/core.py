@@ -122,13 +122,13 @@ def get_device(device: 'str | torch.device | None' = None) -> torch.device:
 
 
 def _lacks_kernels(device) -> 'str | None':
-    "Why this torch cannot compute on a GPU, if it cannot: its kernels are for newer ones."
-    kernels = [int(n) for n in re.findall(r'(?:sm|compute)_(\d+)', ' '.join(torch.cuda.get_arch_list()))]
-    if not kernels: return None  # AMD's are named otherwise
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10*major + minor < min(kernels):
-        return (f"torch {torch.__version__} computes on GPUs from sm_{min(kernels)} on and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
-                "install a torch that was built with CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)")
+    "Why this torch cannot compute on a GPU, if it cannot: its kernels are for newer ones or for older ones."
+    kernels = [(kind, int(major), int(minor)) for kind, major, minor in re.findall(r'(sm|compute)_(\d+)(\d)', ' '.join(torch.cuda.get_arch_list()))]
+    major, minor = torch.cuda.get_device_capability(device) if kernels else (0, 0)  # AMD's are named otherwise
+    if not kernels or any((m == major and n <= minor) if kind == 'sm' else (m, n) <= (major, minor) for kind, m, n in kernels): return None
+    old = (major, minor) < min((m, n) for _, m, n in kernels)
+    return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (sm_{major}{minor}; it has {', '.join(torch.cuda.get_arch_list())}): install "
+            + ("one that was built with CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)" if old else "a newer one (pip install --upgrade torch)"))
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def compiles(
     "Whether torch.compile works on a device, which takes a C++ compiler and on a GPU Triton; a warning says why not."
     try: torch.compile(lambda x: x + 1, **options)(torch.zeros(8, device=device))
     except Exception as e:
-        warnings.warn(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): the networks are not compiled, and slower")
+        warnings.warn(f"torch.compile does not work here ({(str(e).strip() or type(e).__name__).splitlines()[0]}): the networks are not compiled, and slower")
         return False
     return True
 

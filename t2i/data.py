@@ -702,7 +702,7 @@ def _check_out(out, shards, settings):
         except (ValueError, KeyError): continue
         was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        if not same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
+        if 'probe' in before and not same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
         break
 
 
@@ -739,7 +739,7 @@ def _merge(out, shards) -> dict:
     "statistics.safetensors and report.json from the records of all shards → the report."
     records = [_record(out, s) for s in shards]
     trained_on = [{kind: (n, tensors[f'{kind}_mean'], tensors[f'{kind}_squares']) for kind, n in record['moments'].items()} for tensors, record in records]
-    if any(trained_on): replace(merged_statistics(trained_on), probe=records[0][1]['settings']['probe']).save(out/'statistics.safetensors')
+    if any(trained_on): replace(merged_statistics(trained_on), probe=records[0][1]['settings'].get('probe')).save(out/'statistics.safetensors')
     keys = [np.fromiter(map(hash, PreparedDataset(out/s).keys), np.int64) for s in SPLITS if any(s in record['splits'] for _, record in records)]
     repeated = sum(len(k) - len(np.unique(k)) for k in keys)  # the same key is in the same split
     report, unknown = {'samples': 0, 'prepared': 0, 'keys_in_several_shards': repeated, 'captions_dropped': 0, 'splits': {}, 'skipped': {}, 'shards': {}}, Counter()

@@ -57,7 +57,7 @@ def train_on(
         if shipped:
             for c in (config, config.get('cpu', {})):
                 if 'learning_rate' in c: c['learning_rate'] *= GENTLE
-            initial, _ = load_weights(find_checkpoint(shipped, stage))
+            initial = find_checkpoint(shipped, stage)
         weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9), initial=initial, progress=progress)
         models[stage] = load_into(MODELS[stage](preset), load_weights(weights)[0], weights)
     if PartialState().is_main_process: TextToImage(clip, **models, statistics=task.statistics, preset=preset).save_pretrained(out, torch.float16)

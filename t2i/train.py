@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 try: import fcntl
 except ImportError: fcntl = None  # Windows knows no such locks
 
-from .core import atomic_path, compiles, enough_memory, get_device, uses_bfloat16, load_into, make_generators, process_state, save_json, save_weights
+from .core import atomic_path, compiles, enough_memory, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
@@ -226,7 +226,7 @@ def train(
     seed: int = 0,
     device=None,
     hours: 'float | None' = None,  # time budget; the schedule shrinks to it
-    initial: 'dict | None' = None,  # weights to start from
+    initial: 'str | Path | None' = None,  # file of weights to start from
     progress: bool = True,
 ) -> Path:
     """Train `task.model`, resumably → the path of its weights (`weights.safetensors` in `out`; the moving average if there is one).
@@ -270,17 +270,19 @@ class _Run:
         if self.task.contrastive and self.micro_batch < c.batch_size:
             raise ValueError(f"the loss of {name} compares all examples of a batch: train it in one process, without micro_batch")
         self.mine = slice(self.rank*share, (self.rank + 1)*share)
-        self.memory = f"a training step with {self.micro_batch} examples at once", f"set {'batch_size' if self.task.contrastive else 'micro_batch'} below {self.micro_batch} in the preset's [train] section, and gradient_checkpointing = true for a U-Net"
+        fewer = f"set {'batch_size' if self.task.contrastive else 'micro_batch'} below {self.micro_batch} in the [train.…] section of its preset, or " if self.micro_batch > 1 else ''
+        self.memory = f"a training step with {self.micro_batch} example{'s'*(self.micro_batch > 1)} at once", f"{fewer}set gradient_checkpointing = true if it is a U-Net"
 
     def wrap(self, initial):
         "Weights from the checkpoint, `initial` or the task; then the model as this hardware needs it, its moving average and the optimiser."
         c, device, model = self.c, self.accelerator.device, self.task.model
         state = self.read()
-        if state:
-            was, now = (m.get('target') for m in (state.get('task', {}), self.task.metadata()))
-            if was and was != now: raise ValueError(f"{self.checkpoint} is of a network that learned to predict {was}, and the preset's target is {now}: set it to {was!r}, or train into another folder")
-            load_into(model, state['model'], self.checkpoint)
-        elif initial is not None: load_into(model, initial, 'the initial weights')
+        source = self.checkpoint if state else initial
+        if source:
+            tensors, metadata = (state['model'], state.get('task', {})) if state else load_weights(source)
+            was, now = metadata.get('target'), self.task.metadata().get('target')
+            if was and was != now: raise ValueError(f"{source} is of a network that learned to predict {was}, and the preset's target is {now}: set it to {was!r}, or start elsewhere")
+            load_into(model, tensors, source)
         model.to(device)
         if self.processes > 1:
             for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.detach(), 0)
@@ -387,7 +389,7 @@ class _Run:
         for i, piece in enumerate(pieces):
             batch = [b.to(self.accelerator.device, non_blocking=True) for b in piece]
             accumulates = i < len(pieces) - 1 and not c.fsdp
-            with enough_memory(*self.memory), self.accelerator.no_sync(self.model) if accumulates else contextlib.nullcontext():
+            with self.accelerator.no_sync(self.model) if accumulates else contextlib.nullcontext():
                 with self.accelerator.autocast(): losses = self.task.loss(self.model, batch)
                 self.accelerator.backward(losses['loss']/len(pieces))
             for k, v in losses.items(): numbers[k] = numbers.get(k, 0) + v.detach()/len(pieces)
@@ -504,7 +506,8 @@ class _Run:
         try:
             with tqdm(total=100, initial=round(100*self.used, 1), desc=self.out.name, unit='%', disable=not self.progress, mininterval=5, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
                 while not self.finished and not self.terminated:
-                    for k, v in self.train_step().items(): self.sums[k] = self.sums.get(k, 0) + v
+                    with enough_memory(*self.memory): numbers = self.train_step()
+                    for k, v in numbers.items(): self.sums[k] = self.sums.get(k, 0) + v
                     self.since += 1
                     self.elapsed, due, self.terminated = self.agree(time.monotonic() - start, time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from t2i import data
 from t2i.cli import app
 from t2i.checkpoints import check_clip, load_statistics
+from t2i.clip import CLIP
 from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.decoder import DecoderTask, decoder_loss
@@ -497,9 +498,23 @@ def test_weights_of_another_target(tmp_path):
     with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for eps"): TextToImage.from_preset(mine, 'cpu')
 
 
-def test_the_target_is_kept_with_a_saved_pipeline(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    assert load_weights(tmp_path/'decoder.safetensors')[1]['target'] == pipe.preset.diffusion.target
+@pytest.mark.parametrize('name', ['decoder', 'upsampler'])
+def test_the_target_is_kept_with_a_saved_pipeline(name, tmp_path):
+    "And compared when it is loaded."
+    TextToImage.from_preset('emoji', 'cpu').save_pretrained(tmp_path, torch.float16)
+    config = json.loads((tmp_path/'config.json').read_text())
+    (config if name == 'decoder' else config['upsampler'])['diffusion']['target'] = 'v'
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f'the {name} in .* was trained to predict x0 and the preset takes its output for v'): TextToImage.from_pretrained(tmp_path, 'cpu')
+
+
+def test_prepared_with_another_clip_than_the_presets(pipe, shards, tmp_path):
+    "Found before a translator has learned from it."
+    emoji = load_preset('emoji')
+    torch.manual_seed(1)
+    prepare(CLIP.small(emoji.clip, pipe.clip.tokenize.pieces, 'cpu'), shards[0], tmp_path/'prepared', 64, progress=False)
+    says(shell('train', 'translator', '--prepared', tmp_path/'prepared', '--out', tmp_path/'run'), 'another CLIP than that of the preset', '--folder')
+    assert not (tmp_path/'run/translator').exists()
 
 
 def test_a_preset_that_names_no_clip(tmp_path, shards):

@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from t2i.clip import Vocabulary
-from t2i.core import from_uint8, make_generators, randn, to_uint8
+from t2i.core import fixed_seed, from_uint8, make_generators, randn, to_uint8
 from t2i.data import Standardizer, merge_moments, moments
 from t2i.diffusion import SCHEDULES, Diffusion
+from t2i.sampling import SAMPLERS, sample
 from t2i.train import batch_indices, learning_rate_factor
 
 seeds = st.integers(0, 2**31)
@@ -213,6 +214,35 @@ def test_a_compiled_pipeline_draws_the_same_pictures_in_one_graph(pipe):
     compiled = TextToImage.from_preset('smoke', device='cpu').compile(backend='eager', fullgraph=True)
     assert compiled('a red apple', generator=1) == pipe('a red apple', generator=1)
     assert compiled.decoder._compiled_call_impl and compiled.fingerprints() == pipe.fingerprints()
+
+
+def test_without_a_compiler_pictures_are_drawn(pipe, monkeypatch):
+    from t2i.pipeline import TextToImage
+    def compile(*arguments, **options): raise RuntimeError('no Triton')
+    monkeypatch.setattr('torch.compile', compile)
+    with pytest.warns(UserWarning, match='no Triton'): drawn = TextToImage.from_preset('smoke', device='cpu').compile()
+    assert drawn('a red apple', generator=1) == pipe('a red apple', generator=1) and not drawn.decoder._compiled_call_impl
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_network_may_write_every_answer_to_the_same_memory(sampler):
+    "As a CUDA graph does."
+    diffusion, x_T = Diffusion().respace(5), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    def denoiser(memory):
+        def denoise(x_t, t):
+            x_0 = (x_t*0.5 + 0.1).clamp(-1, 1)
+            return (memory.copy_(x_0) if memory is not None else x_0), torch.zeros_like(x_0) - 5
+        return denoise
+    own, shared = (sample(sampler, denoiser(memory), diffusion, x_T, make_generators(0, 1)) for memory in (None, torch.empty_like(x_T)))
+    assert torch.equal(own, shared)
+
+
+def test_a_fixed_seed_leaves_the_generator_as_it_was():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with fixed_seed(7): inside = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected) and torch.equal(inside, torch.rand(2, generator=torch.Generator().manual_seed(7)))
 
 
 def test_bfloat16_draws_nearly_the_same(pipe, monkeypatch):

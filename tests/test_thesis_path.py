@@ -269,8 +269,13 @@ def test_each_process_of_a_machine_has_its_own_gpu(four_gpus, monkeypatch):
 
 def test_a_gpu_without_kernels(four_gpus, monkeypatch):
     "It is refused where it was asked for, and left aside where it was not."
-    with pytest.raises(ValueError, match="from sm_75 on and Tesla V100 is sm_70: .*cu126.*device='cpu'"): get_device('cuda:0')
-    with pytest.warns(UserWarning, match='Tesla V100 is sm_70.*the CPU is used'): assert get_device() == torch.device('cpu')
+    with pytest.raises(ValueError, match=r"no kernels for Tesla V100 \(sm_70; it has sm_75, .*cu126.*device='cpu'"): get_device('cuda:0')
+    with pytest.warns(UserWarning, match='Tesla V100.*the CPU is used'): assert get_device() == torch.device('cpu')
+    monkeypatch.setattr('torch.cuda.get_arch_list', lambda: ['sm_60', 'sm_80'])
+    with pytest.raises(ValueError, match=r'sm_90; it has sm_60, sm_80\): install a newer one'): get_device('cuda:3')
+    for kernels in (['sm_75', 'sm_90a'], ['sm_80', 'compute_80'], ['sm_100', 'sm_120', 'compute_70']):  # its own, or text that the driver compiles for newer ones
+        monkeypatch.setattr('torch.cuda.get_arch_list', lambda: kernels)
+        assert get_device('cuda:3') == torch.device('cuda:3')
     monkeypatch.setattr('torch.cuda.get_arch_list', lambda: ['gfx90a'])  # AMD
     assert get_device() == torch.device('cuda:0')
 
@@ -316,8 +321,10 @@ def test_too_little_memory_for_the_upsampler_or_the_models(published, small, mon
         patch.setattr('t2i.pipeline.super_resolve', out_of_memory)
         says(shell(*generate), '2 pictures of 64×64 pixels', '--batch-size 1')
         says(shell(*generate, '--batch-size', 1), 'a picture of 64×64 pixels')
-    monkeypatch.setattr('t2i.unet.UNet.to', out_of_memory)
-    says(shell(*generate), "the models of the preset 'small'", 'more memory')
+    for model in ('t2i.unet.UNet.to', 't2i.clip.CLIP.__init__'):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, out_of_memory)
+            says(shell(*generate), "the models of the preset 'small'", 'more memory')
 
 
 def test_a_process_alone_works_on_the_gpu_that_it_was_given(four_gpus, monkeypatch):
@@ -328,3 +335,20 @@ def test_a_process_alone_works_on_the_gpu_that_it_was_given(four_gpus, monkeypat
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     for device in ('cuda:1', 'cuda:0', 'cpu'): process_state(device)
     assert chosen == ['cuda:1', 'cuda:0']
+
+
+def test_processes_share_the_pictures_of_captions(tmp_path, monkeypatch):
+    "With one seed, which has to be named."
+    def draw(*options): return shell('generate', 'a', 'b', 'c', '--preset', 'smoke', '--steps', 1, '--device', 'cpu', '--out', tmp_path, *options)
+    for k, v in dict(RANK='1', WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    says(draw(), '2 processes', '--seed')
+    result = draw('--seed', 1)
+    assert result.exit_code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ['00001.png', 'settings.json'], result.output
+
+
+@pytest.mark.parametrize('other', ['{"python.linting": true}', '{"seed": "abc"}', '[1]', 'nothing'])
+def test_settings_of_something_else_are_left_alone(tmp_path, other):
+    (tmp_path/'settings.json').write_text(other)
+    for options in ([], ['--seed', 1]):
+        says(shell('generate', 'a', '--preset', 'smoke', '--steps', 1, '--device', 'cpu', '--out', tmp_path, *options), 'settings.json', 'something else', 'another folder')
+    assert (tmp_path/'settings.json').read_text() == other and len(list(tmp_path.iterdir())) == 1

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
-from t2i.core import load_into, load_weights, randn, save_weights
-from t2i.decoder import decode, make_decoder, make_diffusion
-from t2i.train import Log, Task, TrainConfig, _Run, train
+from t2i.core import compiles, load_into, load_weights, randn, save_weights
+from t2i.decoder import DecoderTask, decode, make_decoder, make_diffusion
+from t2i.train import Energy, Log, Task, TrainConfig, _Run, train
 from t2i.translator import TranslatorTask
 
 
@@ -347,7 +347,7 @@ def test_a_process_stays_on_one_kind_of_device(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='works on cuda already and cannot train on cpu too'): train(Line(), LINE, tmp_path, device='cpu', progress=False)
 
 
-class Line(Task):
+class Flat(Task):
     "Two numbers and a target for them, without noise."
     target, cannot_draw, no_memory = 'x0', False, False
 
@@ -368,39 +368,67 @@ class Line(Task):
 SHORT = dict(batch_size=8, steps=20, learning_rate=1e-2, warmup=1)
 
 
-def line(out, config=SHORT, **settings): return train(Line(**settings), config, out, device='cpu', progress=False)
+def flat(out, config=SHORT, initial=None, **settings): return train(Flat(**settings), config, out, device='cpu', initial=initial, progress=False)
 
 
 def test_a_training_that_goes_on_takes_the_presets_settings_of_now(tmp_path):
-    line(tmp_path)
-    line(tmp_path, SHORT | {'optimizer': 'adam', 'steps': 21, 'betas': (0.5, 0.9), 'weight_decay': 0.25})
+    flat(tmp_path)
+    flat(tmp_path, SHORT | {'optimizer': 'adam', 'steps': 21, 'betas': (0.5, 0.9), 'weight_decay': 0.25})
     group, = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['optimizer']['param_groups']
     assert tuple(group['betas']) == (0.5, 0.9) and group['weight_decay'] == 0.25
 
 
 def test_a_training_that_cannot_draw_is_saved(tmp_path):
-    with pytest.raises(RuntimeError, match='no picture'): line(tmp_path, cannot_draw=True)
+    with pytest.raises(RuntimeError, match='no picture'): flat(tmp_path, cannot_draw=True)
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 20 and (tmp_path/'weights.safetensors').exists()
 
 
 def test_a_checkpoint_of_another_target(tmp_path):
-    line(tmp_path)
-    with pytest.raises(ValueError, match="learned to predict x0, and the preset's target is eps"): line(tmp_path, SHORT | {'steps': 30}, target='eps')
+    flat(tmp_path)
+    with pytest.raises(ValueError, match="learned to predict x0, and the preset's target is eps"): flat(tmp_path, SHORT | {'steps': 30}, target='eps')
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 20
 
 
 @pytest.mark.parametrize('contrastive, key', [(False, 'micro_batch'), (True, 'batch_size')])
 def test_a_training_step_too_large_for_the_gpu(tmp_path, contrastive, key):
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=f'a training step with 8 examples at once: set {key} below 8'): line(tmp_path, no_memory=True, contrastive=contrastive)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=f'a training step with 8 examples at once: set {key} below 8'): flat(tmp_path, no_memory=True, contrastive=contrastive)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match='with 1 example at once: set gradient_checkpointing'): flat(tmp_path, SHORT | {'batch_size': 1}, no_memory=True, contrastive=contrastive)
+
+
+def test_an_optimizer_too_large_for_the_gpu(tmp_path, monkeypatch):
+    def step(self): raise torch.cuda.OutOfMemoryError('CUDA out of memory.')
+    monkeypatch.setattr('torch.optim.Adam.step', step)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match='a training step with 8 examples at once'): flat(tmp_path)
+
+
+def test_energy_is_asked_of_the_gpus_that_train(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr('t2i.train._Run.gpus', lambda self: ['7'])
+    monkeypatch.setattr('t2i.train.Energy', lambda gpus=None: asked.append(gpus) or Energy())
+    flat(tmp_path)
+    assert asked == [['7']]
+
+
+def test_weights_of_another_target_are_no_start(tmp_path):
+    flat(tmp_path/'x0')
+    with pytest.raises(ValueError, match=r"weights.safetensors is of a network that learned to predict x0, and the preset's target is eps"): flat(tmp_path/'eps', target='eps', initial=tmp_path/'x0/weights.safetensors')
+
+
+def test_a_decoder_says_what_it_predicts(tmp_path):
+    prepared(tmp_path)
+    assert DecoderTask(PRESET, tmp_path/'prepared').metadata()['target'] == PRESET.diffusion.target == 'v'
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch):
     "A warning says why."
     def compile(function, **options):
-        def run(*arguments): raise RuntimeError('No working C++ compiler found')
+        def run(*arguments): raise error
         return run
     monkeypatch.setattr('torch.compile', compile)
-    with pytest.warns(UserWarning, match='No working C.. compiler found.*not compiled'): line(tmp_path, SHORT | {'compile': True})
+    error = AssertionError()
+    with pytest.warns(UserWarning, match=r'\(AssertionError\).*not compiled'): assert not compiles('cpu')
+    error = RuntimeError('No working C++ compiler found\nSee the documentation.')
+    with pytest.warns(UserWarning, match=r'\(No working C.. compiler found\).*not compiled'): flat(tmp_path, SHORT | {'compile': True})
     assert len(losses(tmp_path, 'loss')) and (tmp_path/'weights.safetensors').exists()
 
 
