@@ -453,6 +453,6 @@ def find_shards(
     some = [f for f in _folders(folder) if _pictures_in(f)]
     if any(map(_has_captions, some)): return picture_shards(folder)
     if some and some[0] != folder: return class_shards(folder, class_captions)
-    if some: raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file and caption")
+    if some: raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file and caption; for a decoder alone, which needs no captions, put them into a folder in this one")
     raise ValueError(f"{folder} holds nothing that can be read: expected .tar or .parquet shards with pictures, ImageNet as .npz or in folders, "
                      "MS-COCO with its annotations, or pictures with captions")
