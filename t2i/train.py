@@ -302,6 +302,7 @@ class _Run:
             if state: self.states.set_model_state_dict(self.model, state['model'], options=self.full)
         optimizers = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'muon': Muon}
         if c.optimizer not in optimizers: raise ValueError(f"unknown optimizer {c.optimizer!r}: use 'adam', 'adamw' or 'muon'")
+        if c.fsdp and torch.__version__ < '2.9': raise ValueError(f"with torch {torch.__version__}, fsdp trains with other losses than one process or not at all: install torch 2.9 or newer, or leave fsdp out")
         if c.optimizer == 'muon' and c.fsdp: raise ValueError("muon needs whole matrices, and fsdp cuts them: take 'adam', or leave fsdp out")
         self.optimizer = optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
         if state:

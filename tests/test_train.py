@@ -56,6 +56,7 @@ def in_time(attempt, tries=5):
     raise AssertionError(f'each of {tries} runs was over before it was stopped')
 
 
+@pytest.mark.skipif(torch.__version__ < '2.9', reason='fsdp is refused')
 def test_sharded_run_trains_as_one_and_goes_on_in_one_process(folder, whole):
     def attempt(name):
         processes = start(folder/f'sharded{name}', world=2, fsdp=True, micro_batch=2)
@@ -444,3 +445,8 @@ def test_the_translator_is_validated_on_ten_thousand_pairs_that_are_read_once(tm
     assert first == second and sorted(reads) == ['image_embeddings', 'text_embeddings']
     _, images = task.held_out_pairs
     assert images.shape == (10_000, 8) and abs(images.mean() - 0.5) < 0.01 and images.max() > 0.99
+
+
+def test_fsdp_of_an_older_torch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.__version__', torch.torch_version.TorchVersion('2.8.0'))
+    with pytest.raises(ValueError, match='with torch 2.8.0, fsdp trains with other losses'): flat(tmp_path, SHORT | {'fsdp': True})
