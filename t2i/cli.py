@@ -388,8 +388,10 @@ def pack(
     statistics = (prepared or runs/'prepared')/'statistics.safetensors'
     if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
-    if 'model' not in settings.clip and not _clip_weights(runs):  # the run used a CLIP that it had not trained; OpenAI's are found by their name
-        written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))
+    known = 'model' in settings.clip or 'weights' in settings
+    if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already
+    elif known: written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))  # the run used one that it had not trained
+    else: typer.echo(f"{out} has no CLIP yet: copy the clip.safetensors that the pictures were prepared with into it", err=True)
     for path in dict.fromkeys(written): typer.echo(f'{path}  {path.stat().st_size/1e6:.2f} MB')
 
 # %% ../nbs/lib/cli.ipynb #399edb67

@@ -551,3 +551,16 @@ def test_classes_are_no_embeddings(pipe):
     y = torch.tensor([3])
     with pytest.raises(ValueError, match='not classes'): classifier_free(pipe.diffusion, pipe.decoder, y, 2.)
     with pytest.raises(ValueError, match='not classes'): decoder_loss(pipe.diffusion, pipe.decoder, torch.zeros(1, 3, 64, 64), y, torch.tensor([5]), torch.zeros(1, 3, 64, 64), torch.tensor([False]))
+
+
+def test_packing_without_a_clip(published, shards, tmp_path, monkeypatch):
+    "A preset that names none says what is missing; one whose CLIP is a file takes it along."
+    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    assert shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/'run').exit_code == 0
+    done = shell('pack', '--preset', own_preset(tmp_path, weights=None), '--runs', tmp_path/'run', '--out', tmp_path/'none')
+    assert done.exit_code == 0 and 'none has no CLIP yet: copy' in done.output, done.output
+    text = (tmp_path/'mine.toml').read_text()
+    (tmp_path/'mine.toml').write_text(re.sub(r'(?s)\[clip\].*?\n\n', f'[clip]\nmodel = "t2i-tiny-quickgelu"\nweights = "{published/"t2i-tiny.pt"}"\nembedding_size = 32\n\n', text))
+    done = shell('pack', '--preset', tmp_path/'mine.toml', '--runs', tmp_path/'run', '--out', tmp_path/'file')
+    assert done.exit_code == 0 and (tmp_path/'file/clip.safetensors').exists(), done.output
+    CLIP.from_preset(tmp_path/'mine.toml', 'cpu', tmp_path/'file')
