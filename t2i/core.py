@@ -64,7 +64,9 @@ def load_preset(
         raise ValueError(f"there is no preset {str(preset)!r}: use one of {', '.join(preset_names())}, or the path of a .toml file")
     try: read = {'name': path.stem, **tomllib.loads(path.read_text(encoding='utf-8'))}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path} is not valid TOML in UTF-8 ({e}): mend that line") from None
-    if path.parent != PRESETS: _check_preset(path, read)
+    if path.parent != PRESETS:
+        _check_preset(path, read)
+        if read['name'] in preset_names(): read['name'] = path.stem  # a copy is called as its file is, and trains and draws to folders of its own
     return Preset.nest(read)
 
 

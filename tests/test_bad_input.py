@@ -519,7 +519,7 @@ def test_prepared_with_another_clip_than_the_presets(pipe, shards, tmp_path):
 
 def test_a_preset_that_names_no_clip(tmp_path, shards):
     mine = own_preset(tmp_path, weights=None)
-    says(shell('prepare', '--preset', mine, '--source', shards[0], '--out', tmp_path/'prepared'), "'smoke' ships no CLIP", '--folder')
+    says(shell('prepare', '--preset', mine, '--source', shards[0], '--out', tmp_path/'prepared'), "'mine' ships no CLIP", '--folder')
     assert not (tmp_path/'prepared').exists()
 
 
