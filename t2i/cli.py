@@ -289,7 +289,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     from t2i.checkpoints import find_checkpoint
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    weights = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
+    initial = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
@@ -326,7 +326,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
         task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None)
-    return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=weights)
+    return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 
 
 @_command()

@@ -104,9 +104,10 @@ def _as_uint8(images):
         images = list(images)
         wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
         if wrong: raise ValueError(f"the images hold {wrong} and should hold PIL pictures: open a file with PIL.Image.open(path)")
+        images = [on_white(i) for i in images]  # upright, too
         sizes = {i.size for i in images}
         if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
-        images = np.stack([np.asarray(on_white(i)) for i in images]) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        images = np.stack([np.asarray(i) for i in images]) if images else np.zeros((0, 1, 1, 3), np.uint8)
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")

@@ -179,3 +179,13 @@ def test_what_is_transparent_is_white():
 def test_paths_are_no_pictures():
     for images in ('folder', ['a.png', 'b.png']):
         with pytest.raises(ValueError, match='hold str and should hold PIL pictures'): extract_features(images, device='cpu')
+
+
+def test_a_picture_that_lies_on_its_side_is_upright(tmp_path):
+    "As a camera saves it; its size is that of the upright one."
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new('RGB', (64, 32), 'red').save(tmp_path/'side.png', exif=exif)
+    pictures = [Image.open(tmp_path/'side.png'), Image.new('RGB', (32, 64), 'red')]
+    first, second = extract_features(pictures, device='cpu').pooled
+    assert torch.allclose(first, second, atol=1e-5)
