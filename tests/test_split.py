@@ -1,8 +1,12 @@
-"""The emoji shards and their split: no test picture is in training, in no disguise."""
+"""The emoji shards, how they are built, and their split: no test picture is in training, in no disguise."""
+import json
+
 import numpy as np
 import pytest
 
-from t2i.data import NEAR_DUPLICATE, SHARDS, STYLES, decode_image, distances, fingerprints, is_test_keyword, load_emoji, split_emoji
+from t2i import data
+from t2i.data import KEPT_TONES, NEAR_DUPLICATE, SHARDS, STYLES, build_emoji, decode_image, distances, fingerprints, is_test_keyword, load_emoji, split_emoji
+from t2i.readers import hash_fraction
 
 
 @pytest.fixture(scope='module')
@@ -65,3 +69,40 @@ def test_captions_keep_the_test_keywords_out(table):
     for row in table.sample(500, random_state=0).itertuples():
         words = row.captions[-1].removesuffix(f', {row.style} style').split(', ')
         assert not [w for w in words if w in row.keywords and w != row.name and is_test_keyword(row.concept, w)]
+
+
+def test_shards_are_built_from_the_packages(tmp_path, monkeypatch):
+    "Names, captions and licences come from where they should; letters, two tones in one picture, white on white and icons that nobody can name stay out."
+    def write(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding='utf-8')
+    def square(colour): return {'body': f'<rect x="2" y="2" width="12" height="12" fill="{colour}"/>'}
+    monkeypatch.setattr(data, 'EMOJI_SETS', {'@some/one': ('noto', '1'), '@some/two': ('blob', '2')})
+    monkeypatch.setattr(data, 'EMOJI_NAMES', ('names', '3'))
+    monkeypatch.setattr('shutil.which', lambda name: pytest.fail('nothing has to be fetched'))
+    def emoji(label, hexcode, subgroup, group=0, **more): return {'label': label, 'hexcode': hexcode, 'group': group, 'subgroup': subgroup, 'tags': ['fruit', 'red', 'ripe'], **more}
+    tones = [{'label': f'wave: {tone} skin tone', 'hexcode': f'1F44C-{code}'} for code, tone in data.TONES.items()]
+    pair = [{'label': 'hug: medium-light skin tone, medium-dark skin tone', 'hexcode': '1FAC2-1F3FC-1F3FE'}]
+    write(tmp_path/'names-3/en/messages.json', {'groups': [{'order': 0, 'key': 'things'}], 'subgroups': [{'order': 0, 'key': 'food'}, {'order': 1, 'key': 'keycap'}]})
+    write(tmp_path/'names-3/en/data.json', [emoji('red apple', '1F34E', 0), emoji('Mrs. Claus’ hat', '0023-FE0F', 0), emoji('wave', '1F44C', 0, skins=tones), emoji('hug', '1FAC2', 0, skins=pair),
+                                            emoji('keycap: 1', '0031', 1), emoji('dove', '1F54A', 0), emoji('part', '1F9B0', 0, group=None)])
+    for folder, icons in (('one-1', {'red-apple': square('red'), 'mrs-claus-hat': square('blue'), 'hug-medium-light-skin-tone-medium-dark-skin-tone': square('tan'), 'keycap-1': square('blue'), 'dove': square('white'), 'part': square('red'),
+                                     'unheard-of': square('red'), **{f'wave-{tone}-skin-tone': square('tan') for tone in data.TONES.values()}}),
+                          ('two-2', {'red-app-le': square('#800000'), 'redapple': square('maroon'), 'bonnet': square('navy'), 'wave-1': square('gold'), 'hello': square('gold'), 'turned': square('gold')})):
+        write(tmp_path/folder/'icons.json', {'width': 16, 'height': 16, 'icons': icons, 'aliases': {'hello': {'parent': 'wave'}, 'turned': {'parent': 'wave', 'rotate': 1}}})
+        write(tmp_path/folder/'info.json', {'license': {'spdx': 'MIT'}, 'author': {'name': f'author of {folder}'}})
+    write(tmp_path/'two-2/chars.json', {'0023': 'bonnet'})  # the set's own table of names
+
+    table = build_emoji(tmp_path/'out', tmp_path, size=32, progress=False).set_index('key')
+    kept = [f'noto/wave-{tone}-skin-tone' for code, tone in data.TONES.items() if hash_fraction(f'tone/noto/1F44C-{code}') < KEPT_TONES]
+    assert 0 < len(kept) < len(data.TONES)
+    names = {'noto/red-apple': 'red apple', 'noto/mrs-claus-hat': "Mrs. Claus' hat", 'blob/red-app-le': 'red apple', 'blob/redapple': 'red apple', 'blob/bonnet': "Mrs. Claus' hat", 'blob/wave-1': 'wave', 'blob/hello': 'wave'}
+    assert {key: name for key, name in table['name'].items() if key not in kept} == names and set(kept) <= set(table.index)
+    assert (table.concept[kept] == 'wave').all() and all(tone in name for tone, name in zip(table.tone[kept], table['name'][kept]))
+    apple = table.loc['noto/red-apple']
+    assert apple.captions[:3] == ['red apple, noto style', 'a red apple', 'noto style red apple'] and (apple.license, apple.author, apple.source) == ('MIT', 'author of one-1', 'npm:@some/one@1')
+    pixels = np.asarray(decode_image(apple.image))
+    assert pixels.shape == (32, 32, 3) and tuple(pixels[16, 16]) == (255, 0, 0) and tuple(pixels[1, 1]) == (255, 255, 255)
+
+    written = load_emoji(folder=tmp_path/'out')
+    assert list(written.key) == list(table.index) and list(written.image) == list(table.image)
