@@ -104,7 +104,7 @@ def check_clip(
     statistics: Statistics,
     source,  # where the statistics are from, for the message
 ):
-    "Refuse another CLIP than that of `statistics`. Their probe tells; the authors' files have none, and there the embeddings must not lie elsewhere."
+    "Refuse another CLIP than that of `statistics`. Their probe tells; the authors' files have none, so there the embeddings must lie in the same cone."
     if statistics.probe: wrong = '' if same_probe(statistics.probe, clip_probe(clip)) else 'they were computed from those of another one'
     else:
         mean, std = statistics.text.mean.cpu(), statistics.text.std.cpu()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, randint, save_weights, square, from_uint8
+from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, randint, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
 from .data import AROUND, TONES, decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task
@@ -257,11 +257,11 @@ class CLIP:
         batch_size: int = 64,
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
-        if isinstance(images, Image.Image): images = [images]
-        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
+        if not isinstance(images, np.ndarray): images = pil_pictures(images)
+        elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
-        if not len(images): raise ValueError("there are no pictures to encode: give at least one")
-        if isinstance(images, np.ndarray) and images.shape[1] != images.shape[2]: images = [Image.fromarray(i) for i in images]  # they get white paper at their sides
+        elif not len(images): raise ValueError("there are no pictures to encode: give at least one")
+        elif images.shape[1] != images.shape[2]: images = [Image.fromarray(i) for i in images]  # they get white paper at their sides
         out = []
         for i in range(0, len(images), batch_size):
             part = images[i:i + batch_size]

@@ -6,9 +6,9 @@
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test',
            'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'enough_memory', 'compiles',
            'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'fixed_seed', 'image_seeds',
-           'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8', 'to_tensor',
-           'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights', 'load_into', 'Exhibit', 'exhibit',
-           'exhibit_path', 'save_figure', 'save_table']
+           'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8',
+           'pil_pictures', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
+           'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -291,13 +291,23 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x.detach().float().clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def pil_pictures(
+    images,  # one PIL picture or several
+    name: str = 'images',  # what the caller calls them
+) -> list:
+    "PIL pictures as a list of at least one; a `ValueError` if they are something else, such as paths."
+    images = [images] if isinstance(images, (Image.Image, str, Path, type(None))) else list(images)
+    wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
+    if wrong or not images: raise ValueError(f"{name} holds {wrong or 'nothing'} and should hold PIL pictures: open a file with PIL.Image.open(path)")
+    return images
+
+
 def to_tensor(
     images,  # one PIL picture or several
     size: int,  # pixels of a side
 ) -> torch.Tensor:
     "PIL pictures → float32 [N, 3, size, size] in [-1, 1], on white."
-    images = [images] if isinstance(images, Image.Image) else images
-    return from_uint8(np.stack([np.asarray(square(i, size)) for i in images]))
+    return from_uint8(np.stack([np.asarray(square(i, size)) for i in pil_pictures(images)]))
 
 
 def to_pil(x: torch.Tensor) -> list:

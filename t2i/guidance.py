@@ -65,7 +65,7 @@ def _check_shift(shift):
 
 
 def _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift):
-    "The image x̂_0 of a step that follows `gradient`; of one that starts from noise alone it is not asked."
+    "The image x̂_0 of a step that follows `gradient`, which is ignored where the step starts from noise alone."
     if shift == 'score': far = (1 - diffusion.at('alphas_cumprod', t, x_0))/diffusion.at('sqrt_alphas_cumprod', t, x_0)
     else: far = log_variance.exp()/diffusion.at('posterior_mean_x_0', t, x_0)
     return torch.where(diffusion.at('alphas_cumprod', t, x_0) < NOISE_ALONE, x_0, x_0 + scale*far*gradient)

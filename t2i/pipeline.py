@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
 from .clip import CLIP
 from .convolution import weights_stay
-from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, save_json, save_weights, to_pil, to_tensor, to_uint8
+from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
@@ -41,14 +41,6 @@ def _target(preset, name: str) -> 'str | None':
     "What a model's output is taken for; the translator's is an embedding."
     section = {'decoder': preset, 'upsampler': preset.get('upsampler')}.get(name)
     return section and section.diffusion.target
-
-
-def _pictures(images, name: str) -> list:
-    "One PIL picture or several as a list; a `ValueError` if they are something else, such as paths."
-    images = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
-    wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
-    if wrong or not images: raise ValueError(f"{name} holds {wrong or 'nothing'} and should hold PIL pictures: open a file with PIL.Image.open(path)")
-    return images
 
 
 def _check_noise(noise: float) -> float:
@@ -166,7 +158,6 @@ class TextToImage:
 
     def embed_images(self, images) -> torch.Tensor:
         "Standardised embeddings [N, E] of pictures, PIL or uint8 [N, H, W, 3]."
-        if not isinstance(images, np.ndarray): images = _pictures(images, 'images')
         return self.statistics.image.standardize(self.clip.encode_images(images)).to(self.device)
 
     def _embeddings(self, captions, images, image_embeddings, translate):
@@ -247,7 +238,7 @@ class TextToImage:
 
     def _base(self, base_image, n):
         if base_image is None: return None
-        base = to_tensor(_pictures(base_image, 'base_image'), self.preset.data.image_size).to(self.device)
+        base = to_tensor(pil_pictures(base_image, 'base_image'), self.preset.data.image_size).to(self.device)
         if len(base) not in (1, n): raise ValueError(f"{len(base)} base images were given for {n} pictures: give one for all, or one for each")
         return base
 
@@ -273,7 +264,7 @@ class TextToImage:
     ) -> list:
         "PIL pictures, enlarged by the upsampler; with classes, `picture.info['label']` is the name of the one that it took each for."
         self._check_upsampler()
-        images, size = _pictures(images, 'images'), self.preset.data.image_size
+        images, size = pil_pictures(images), self.preset.data.image_size
         x, y = to_tensor(images, size), None
         if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
         if y is not None and len(y) != len(x): raise ValueError(f"{len(y)} image_embeddings were given for {len(x)} pictures: give one for each")

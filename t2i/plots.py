@@ -14,18 +14,16 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import to_pil
+from .core import pil_pictures, to_pil
 
 # %% ../nbs/lib/plots.ipynb #589ce1f1
 def as_pictures(
-    images,  # PIL pictures, uint8 [N, H, W, 3], or a float tensor [N, 3, H, W] in [-1, 1]
+    images,  # PIL pictures, uint8 [N, H, W, 3] or a list of such arrays, or a float tensor [N, 3, H, W] in [-1, 1]
 ) -> list:
-    "The images as PIL pictures. Raises ValueError if there are none."
-    if isinstance(images, Image.Image): images = [images]
-    elif isinstance(images, torch.Tensor) and images.is_floating_point(): images = to_pil(images)
-    pictures = [i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i)) for i in images]
-    if not pictures: raise ValueError("there are no images to draw: give at least one")
-    return pictures
+    "The images as PIL pictures. Raises `ValueError` if there are none, or something else, such as paths."
+    if isinstance(images, torch.Tensor) and images.is_floating_point(): images = to_pil(images)
+    if not isinstance(images, (Image.Image, str)): images = [Image.fromarray(np.asarray(i)) if isinstance(i, (np.ndarray, torch.Tensor)) else i for i in images]
+    return pil_pictures(images)
 
 
 def _captions_for(pictures, captions):

@@ -200,7 +200,7 @@ class TrainConfig:
 
 
 def make_config(config, device: torch.device) -> TrainConfig:
-    "The settings on this hardware; a `ValueError` names a key that is none."
+    "The settings on this hardware; a `ValueError` names an unknown key."
     if isinstance(config, dict):
         known = {f.name for f in fields(TrainConfig)}
         for key in (*config, *config.get('cpu', ())):
@@ -459,7 +459,7 @@ class _Run:
         return together.tolist()
 
     def means(self, lowest) -> dict:
-        "The mean of each number over the steps since the last row and processes; an error if training has gone astray."
+        "The mean of each number over the steps since the last row and processes; an error if training has diverged."
         totals = self.agree(*(float(v)/self.since/self.processes for v in self.sums.values()), op=dist.ReduceOp.SUM)
         row = dict(zip(self.sums, totals))
         good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"

@@ -125,7 +125,7 @@ class Attention(nn.Module):
     @staticmethod
     def _attend(q, k, v):
         if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.shape[2] <= 64): return F.scaled_dot_product_attention(q, k, v)
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU in bfloat16 the fused kernel, forth and back, takes seven times as long on 8×8 positions and ten times on 4×4; from 16×16 on it pays
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU in bfloat16 the fused kernel, forward and backward, takes seven times as long on 8×8 positions and ten times on 4×4; from 16×16 on it pays
         return weights.float().softmax(-1).to(v.dtype) @ v
 
     @staticmethod

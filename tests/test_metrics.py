@@ -178,7 +178,7 @@ def test_what_is_transparent_is_white():
 
 def test_paths_are_no_pictures():
     for images in ('folder', ['a.png', 'b.png']):
-        with pytest.raises(ValueError, match='hold str and should hold PIL pictures'): extract_features(images, device='cpu')
+        with pytest.raises(ValueError, match='holds str and should hold PIL pictures'): extract_features(images, device='cpu')
 
 
 def test_a_picture_that_lies_on_its_side_is_upright(tmp_path):
