@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'PUBLISHED', 'PUBLISHED_STATISTICS', 'PRESET_KEYS', 'PLAIN_CAPTIONS', 'find_checkpoint', 'load_checkpoint',
-           'load_statistics', 'check_clip', 'convert', 'fetch_folder', 'load_config']
+           'load_statistics', 'check_clip', 'convert', 'average_weights', 'fetch_folder', 'load_config']
 
 # %% ../nbs/lib/checkpoints.ipynb #9b1064b8
 import json, re
@@ -150,6 +150,24 @@ def _split_statistics(path: Path, target: Path) -> list:
     if not path.is_file(): return []
     tensors, _ = load_weights(path, dtype=None)
     return [save_weights(target/name, {key: tensors[key]}) for key, name in PUBLISHED_STATISTICS.items()]
+
+# %% ../nbs/lib/checkpoints.ipynb #30c9c876
+def average_weights(
+    sources: list,  # two or more files with weights of one kind of network, trained on from the same start
+    target: 'str | Path',  # the .safetensors file that gets their mean
+) -> Path:
+    "The mean of the weights of several networks. A `ValueError` if they are not alike."
+    if len(sources) < 2: raise ValueError(f"{len(sources)} file{'s were' if len(sources) != 1 else ' was'} given: a mean needs the weights of at least two networks")
+    first, metadata = load_weights(sources[0])
+    total = {k: v.double() if v.is_floating_point() else v for k, v in first.items()}
+    for source in sources[1:]:
+        tensors, other = load_weights(source)
+        wrong = next((k for k in {**first, **tensors} if k not in first or k not in tensors or first[k].shape != tensors[k].shape), None) or next((k for k in ('target', 'pieces', 'classes') if metadata.get(k) != other.get(k)), None)
+        if wrong: raise ValueError(f"{source} is of another network than {sources[0]} ({wrong!r} is not the same in both): give weights that were trained on from the same start")
+        for k, v in tensors.items():
+            if v.is_floating_point(): total[k] += v
+        metadata = {k: v for k, v in metadata.items() if other.get(k) == v}
+    return save_weights(target, {k: (v/len(sources)).float() if v.is_floating_point() else v for k, v in total.items()}, metadata)
 
 # %% ../nbs/lib/checkpoints.ipynb #662d6446
 def fetch_folder(

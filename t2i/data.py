@@ -462,7 +462,7 @@ def recoloured_emoji(
 class Standardizer:
     """Standardises embeddings: minus the mean, over the standard deviation of each dimension of the training set.
 
-    The thesis standardises the raw output of the encoders, not the normalised one (4.2.2; see the chapter on the decoder)."""
+    The thesis standardises its embeddings (4.3.2); by its released code they are the raw output of the encoders, not scaled to unit length."""
     def __init__(self, mean, std): self.mean, self.std = torch.as_tensor(mean), torch.as_tensor(std)
 
     def standardize(self, x: torch.Tensor) -> torch.Tensor:

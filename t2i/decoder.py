@@ -25,7 +25,7 @@ from .train import Task
 from .unet import UNet
 
 # %% ../nbs/03_decoder.ipynb #800de916
-OF_TRAINING = ('drop', 'augment', 'finish')  # keys of [decoder] that do not concern the network
+OF_TRAINING = ('drop', 'mirror', 'augment', 'finish')  # keys of [decoder] that do not concern the network
 
 def make_decoder(
     preset='emoji',  # name, path, or a preset
@@ -176,6 +176,7 @@ class DecoderTask(Task):
 
     def batch(self, indices, generators):
         x_0, y = self.examples(self.data, indices)
+        if mirror := self.preset.decoder.get('mirror'): x_0 = torch.where((rand(generators) < mirror)[:, None, None, None], x_0.flip(3), x_0)
         share = self.preset.decoder.get('augment', 0) if self.clip else 0
         return x_0, y, draw_augmentation(share, generators), *training_draws(self.diffusion, x_0, self.preset.decoder.drop, generators)
 

@@ -120,15 +120,15 @@ def measure(
 def table_5_1(numbers: pd.DataFrame) -> pd.DataFrame:
     "`numbers` of `measure` beside the thesis's, for reading."
     thesis = pd.DataFrame.from_dict(THESIS_TABLE, orient='index').reindex(numbers.index)
-    def text(values, digits): return values.map(lambda v: '' if pd.isna(v) else f'{v:.{digits}f}')
+    def text(values, form): return values.map(lambda v: '' if pd.isna(v) else f'{v:{form}}')
     return pd.DataFrame({
         'Variant': numbers.index,
-        'FID ↓': text(numbers.fid, 1), 'thesis FID': text(thesis.fid, 1),
-        'IS ↑': text(numbers['is'], 2), 'thesis IS': text(thesis.inception, 2),
-        'Precision ↑': text(numbers.precision, 3), 'thesis precision': text(thesis.precision, 3),
-        'Recall ↑': text(numbers.recall, 3), 'thesis recall': text(thesis.recall, 3),
+        'FID ↓': text(numbers.fid, '.1f'), 'thesis FID': text(thesis.fid, 'g'),
+        'IS ↑': text(numbers['is'], '.2f'), 'thesis IS': text(thesis.inception, 'g'),
+        'Precision ↑': text(numbers.precision, '.3f'), 'thesis precision': text(thesis.precision, '.3f'),
+        'Recall ↑': text(numbers.recall, '.3f'), 'thesis recall': text(thesis.recall, '.3f'),
         'KID ↓': [f'{k:.4f} ± {e:.4f}' for k, e in zip(numbers.kid, numbers.kid_std)],
-        'CLIP score ↑': text(numbers.clip_score, 1),
+        'CLIP score ↑': text(numbers.clip_score, '.1f'),
         'Pictures': numbers.n.astype(int), 'Features': numbers.features}).reset_index(drop=True)
 
 # %% ../nbs/05_experiments.ipynb #37181e09

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
-from t2i.core import compiles, load_into, load_weights, randn, save_weights
+from t2i.core import Preset, compiles, load_into, load_preset, load_weights, make_generators, randn, save_weights
 from t2i.decoder import DecoderTask, decode, make_decoder, make_diffusion
 from t2i.train import Energy, Log, Task, TrainConfig, _Run, train
 from t2i.translator import TranslatorTask
@@ -418,6 +418,18 @@ def test_weights_of_another_target_are_no_start(tmp_path):
 def test_a_decoder_says_what_it_predicts(tmp_path):
     prepared(tmp_path)
     assert DecoderTask(PRESET, tmp_path/'prepared').metadata()['target'] == PRESET.diffusion.target == 'v'
+
+
+def test_the_thesis_mirrors_half_of_its_pictures(tmp_path):
+    "And their embeddings stay."
+    prepared(tmp_path)
+    def batch(mirror):
+        task = DecoderTask(Preset.nest({**PRESET, 'decoder': PRESET.decoder | {'mirror': mirror}}), tmp_path/'prepared')
+        return task.batch(torch.arange(64) % len(task), make_generators(0, 64))[:2]
+    (plain, y), (half, y_half), (all_, y_all) = map(batch, (0., load_preset('thesis').decoder.mirror, 1.))
+    assert torch.equal(all_, plain.flip(3)) and torch.equal(y, y_half) and torch.equal(y, y_all)
+    mirrored = (half == all_).flatten(1).all(1)
+    assert 20 < mirrored.sum() < 44 and torch.equal(half[~mirrored], plain[~mirrored])
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch):
