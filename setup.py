@@ -20,7 +20,8 @@ setuptools.setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
-    license="Apache-2.0",
+    license="Apache-2.0 AND MIT AND CC-BY-4.0",  # code and weights; some of the emoji have the others
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     license_files=["LICENSE", "NOTICE"],
     keywords=cfg["keywords"],
     url=cfg["git_url"],

@@ -270,10 +270,11 @@ def _clip(preset, runs: Path, device=None):
     return CLIP.load(preset.clip, weights, device) if weights else CLIP.from_preset(preset, device)
 
 
-def _recoloured(preset, runs: Path, device=None) -> 'Path | None':
-    "The recoloured emoji, prepared, if the preset has a use for them."
+def _invented(preset) -> dict:
+    "name → function that makes the data set, of the pictures that nobody drew and that the preset takes shares of."
+    from t2i.composed import composed_emoji
     from t2i.data import recoloured_emoji
-    if preset.data.get('recoloured'): return _prepared_from(recoloured_emoji, runs/'recoloured', preset, runs, device)
+    return {name: make for name, make in (('recoloured', recoloured_emoji), ('composed', composed_emoji)) if preset.data.get(name)}
 
 
 def _trained(name, make, preset, runs: Path, device='cpu'):
@@ -309,23 +310,24 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         task = ClipTask(preset)
     elif stage == 'text':
         from t2i.clip import TextTask
-        from t2i.data import recoloured_emoji
         _check_text_run(runs)
-        task = TextTask(_clip(preset, runs, 'cpu'), preset, recoloured_emoji() if preset.data.get('recoloured') else None)
+        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()})
     elif stage == 'classifier':
         from t2i.classifier import ClassifierTask
         task = ClassifierTask(preset)
     elif stage == 'translator':
         from t2i.translator import TranslatorTask
-        task = TranslatorTask(preset, prepared, _recoloured(preset, runs, device) if emoji else None)
+        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
         from t2i.decoder import make_decoder
         task = UpsamplerTask(preset, prepared, large, _trained('decoder', make_decoder, preset, runs, device))
     else:
+        from t2i.composed import composed_emoji
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
-        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None)
+        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
+                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 
 

@@ -9,7 +9,7 @@ __all__ = ['NOUN', 'Vocabulary', 'CLIP', 'check_captions', 'recall', 'clip_recal
 # %% ../nbs/lib/clip.ipynb #0c891994
 import difflib, os, re, unicodedata, warnings
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import nn
 from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, randint, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
 from .data import AROUND, TONES, decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
-from .train import Task
+from .train import Task, mixed
 
 # %% ../nbs/lib/clip.ipynb #85bc70a7
 NOUN = r"\w[\w'’-]*\b(?=\s*(?:$|[^\w\s'’-]|(?:and|or|with|without|of|in|on|at|for|to|from|by|near|is|that|please|emoji|icon|wearing|holding|riding|playing)\b))"  # an adjective is followed by another word
@@ -391,33 +391,29 @@ def colour_recall(
 
 
 class TextTask(ClipTask):
-    "Train the text encoder of a CLIP against its image encoder as it is, on the emoji and on recoloured ones, with captions as people type them besides the stored ones."
+    "Train the text encoder of a CLIP against its image encoder as it is, on the emoji and on recoloured and composed ones, with captions as people type them besides the stored ones."
     def __init__(
         self,
         clip: CLIP,  # a small one, as `ClipTask` trains it
         preset='emoji',  # name, path, or a preset
-        folder=None,  # of the recoloured emoji; with none, colours are not taught
+        invented=None,  # {'recoloured': folder, 'composed': folder} of pictures that nobody drew, of which training takes the preset's shares
         canonical: float = 0.5,  # the chance of a picture's first caption
     ):
         self.preset, self.clip, self.model = load_preset(preset), clip, clip.model
-        self.share = self.preset.data.get('recoloured', 0.) if folder else 0.
         def pairs(table, keywords):
             typed = [typed_captions(*row) for row in zip(table['name'], table['style'], table.concept, keywords)]
             return _Pairs(table.assign(captions=[[*c, *t] for c, t in zip(table.captions, typed)]), clip.tokenize, canonical)
         table, self.validation = decodable(load_emoji('train')), decodable(load_emoji('validation'))
         self.pairs = pairs(table, table.keywords)
-        if self.share:
-            table = load_emoji('train', folder=folder)
-            self.recoloured = pairs(table, [[]]*len(table))  # keywords name no colour
+        tables = {name: load_emoji('train', folder=folder) for name, folder in (invented or {}).items()}
+        self.invented = {name: pairs(table, [[]]*len(table)) for name, table in tables.items()}  # keywords tell neither the colour nor the second thing
         self.shades = recoloured(self.validation)
+        self.composed = load_emoji('validation', folder=invented['composed']) if 'composed' in self.invented else None
         self.model.visual.requires_grad_(False)
 
     def batch(self, indices, generators):
-        n = round(self.share*len(indices))
-        x, tokens = self.pairs.draw(indices[n:], generators[n:])
-        if not n: return x, tokens
-        chosen = randint(len(self.recoloured.images), generators[:n])
-        return tuple(torch.cat(both) for both in zip(self.recoloured.draw(chosen, generators[:n], tint=0.), (x, tokens)))
+        others = [(self.preset.data[name], len(pairs.images), partial(pairs.draw, tint=0.)) for name, pairs in self.invented.items()]
+        return mixed(indices, generators, self.pairs.draw, others)
 
     def loss(self, model, batch):
         self.model.visual.eval()  # its batch normalisation keeps its statistics
@@ -425,7 +421,8 @@ class TextTask(ClipTask):
 
     def validate(self, model):
         clip = CLIP(model, self.clip.tokenize, self.clip.image_size, device=next(model.parameters()).device)
-        return {**super().validate(model), 'validation_colour': colour_recall(clip, self.shades)}
+        composed = {} if self.composed is None else {f'validation_composed_{k}': v for k, v in clip_recall(clip, self.composed).items()}
+        return {**super().validate(model), 'validation_colour': colour_recall(clip, self.shades), **composed}
 
     def metadata(self): return {**super().metadata(), 'stage': 'text'}
 

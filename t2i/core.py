@@ -73,7 +73,7 @@ def load_preset(
 NETWORKS = 'decoder', 'upsampler', 'classifier'  # sections that set up a U-Net
 MORE_KEYS = dict.fromkeys(('diffusion.robust', 'decoder.scale_shift', 'decoder.rescale_attention', 'decoder.linear_projection'), 'true or false') | {'upsampler.sampling.label': 'a whole number'}  # in none of the package's presets
 COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'model_channels', 'width', 'expansion'}
-SHARES = {'drop', 'dropout', 'mirror', 'augment', 'recoloured', 'redrawn', 'share'}
+SHARES = {'drop', 'dropout', 'mirror', 'augment', 'recoloured', 'composed', 'redrawn', 'share'}
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', list: 'a list', dict: 'a section', object: 'a date'}
 
 def _kind(value): return next(name for kind, name in KINDS.items() if isinstance(value, kind))

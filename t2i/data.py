@@ -61,7 +61,7 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
         done = subprocess.run([npm, 'pack', '--silent', f'{package}@{version}'], cwd=own, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"npm could not download {package}@{version} ({done.stderr.strip().splitlines()[-1:] or 'no answer'}): check the network, or use the shards that ship with t2i")
-        with tarfile.open(Path(own)/done.stdout.strip().splitlines()[-1]) as tar: tar.extractall(own, filter='data')
+        with tarfile.open(Path(own)/done.stdout.strip().splitlines()[-1]) as tar: tar.extractall(own, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))  # Debian 12's Python knows no filters
         try: (Path(own)/'package').rename(folder)
         except OSError:
             if not folder.is_dir(): raise
@@ -493,7 +493,7 @@ class Statistics:
     @classmethod
     def load(cls, path):
         tensors, metadata = load_weights(path)
-        return cls.of(tensors, metadata.get('probe'))
+        return cls.of({k: v.clone() for k, v in tensors.items()}, metadata.get('probe'))  # not mapped from the file: Windows replaces none that is in use
 
     def save(self, path): return save_weights(path, self.state_dict(), {'probe': self.probe} if self.probe else None)
 

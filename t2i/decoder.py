@@ -21,11 +21,11 @@ from .data import PreparedDataset, Statistics
 from .diffusion import Diffusion
 from .guidance import classifier_free, dynamic_threshold, static_threshold
 from .sampling import sample
-from .train import Task
+from .train import Task, mixed
 from .unet import UNet
 
 # %% ../nbs/03_decoder.ipynb #800de916
-OF_TRAINING = ('drop', 'mirror', 'augment', 'finish')  # keys of [decoder] that do not concern the network
+OF_TRAINING = ('drop', 'mirror', 'composed', 'augment', 'finish')  # keys of [decoder] that do not concern the network
 
 def make_decoder(
     preset='emoji',  # name, path, or a preset
@@ -160,8 +160,10 @@ class DecoderTask(Task):
         prepared: 'str | Path',  # folder that `prepare` wrote
         translator=None,  # standardised text embeddings → image embeddings; with it, samples are drawn from captions as well, if there are any
         clip=None,  # embeds the pictures that the preset's `augment` changes; without it none is
+        composed=None,  # such a folder of composed pictures, of which training takes the preset's share
     ):
         self.preset, self.clip, prepared = load_preset(preset), clip, Path(prepared)
+        self.composed = PreparedDataset(Path(composed)/'train') if composed else None
         self.data, self.held_out = (PreparedDataset(prepared/split).check(self.preset.clip.embedding_size, self.preset.data.image_size) for split in ('train', 'validation'))
         self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
@@ -175,7 +177,8 @@ class DecoderTask(Task):
         return from_uint8(data.images(indices)), self.statistics.image.standardize(data.image_embeddings(indices))
 
     def batch(self, indices, generators):
-        x_0, y = self.examples(self.data, indices)
+        others = [(self.preset.decoder.composed, len(self.composed), lambda i, _: self.examples(self.composed, i))] if self.composed else []
+        x_0, y = mixed(indices, generators, lambda i, _: self.examples(self.data, i), others)
         if mirror := self.preset.decoder.get('mirror'): x_0 = torch.where((rand(generators) < mirror)[:, None, None, None], x_0.flip(3), x_0)
         share = self.preset.decoder.get('augment', 0) if self.clip else 0
         return x_0, y, draw_augmentation(share, generators), *training_draws(self.diffusion, x_0, self.preset.decoder.drop, generators)

@@ -385,7 +385,8 @@ def draw_to_folder(
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
     if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
-    _keep_settings(folder, _drawn_from(pipe, captions, seed, settings))
+    drawn_from = _drawn_from(pipe, captions, seed, settings)
+    _keep_settings(folder, drawn_from)
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]
     if not missing: return paths
@@ -396,6 +397,7 @@ def draw_to_folder(
     with tqdm(total=len(missing), desc=folder.name, disable=not progress) as bar:
         for part in [missing[i:i + size] for i in range(0, len(missing), size)]:
             pictures = pipe(image_embeddings=y[part], generator=[seeds[i] for i in part], batch_size=size, **settings)
+            _keep_settings(folder, drawn_from)  # another run may have come to the empty folder meanwhile
             for i, picture in zip(part, pictures):
                 with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=_label(picture))
             bar.update(len(part))

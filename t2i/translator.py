@@ -7,7 +7,7 @@ __all__ = ['translator_loss', 'identity', 'TranslatorLayer', 'Translator', 'make
            'TranslatorTask']
 
 # %% ../nbs/04_translator.ipynb #15558801
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .core import fixed_seed, load_preset, randint
 from .data import PreparedDataset, Statistics
-from .train import Task
+from .train import Task, mixed
 
 # %% ../nbs/04_translator.ipynb #a7df24c3
 def translator_loss(
@@ -101,11 +101,10 @@ class TranslatorTask(Task):
         self,
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote
-        recoloured=None,  # such a folder of recoloured pictures, of which training takes the preset's share of its pairs
+        invented=None,  # {'recoloured': folder, 'composed': folder}: such folders of pictures that nobody drew, of which training takes the preset's shares
     ):
         self.preset, prepared = load_preset(preset), Path(prepared)
-        self.share = self.preset.data.get('recoloured', 0.) if recoloured else 0.
-        self.recoloured = PreparedDataset(Path(recoloured)/'train', captions=True) if self.share else None
+        self.invented = {name: PreparedDataset(Path(folder)/'train', captions=True) for name, folder in (invented or {}).items()}
         self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
@@ -118,11 +117,8 @@ class TranslatorTask(Task):
         return self.statistics.text.standardize(text), self.statistics.image.standardize(data.image_embeddings(indices))
 
     def batch(self, indices, generators):
-        n = round(self.share*len(indices))
         def draw(data, indices, generators): return self.pairs(data, indices, randint(data.captions_per_image, generators))
-        if not n: return draw(self.data, indices, generators)
-        chosen = randint(len(self.recoloured), generators[:n])
-        return tuple(torch.cat(both) for both in zip(draw(self.recoloured, chosen, generators[:n]), draw(self.data, indices[n:], generators[n:])))
+        return mixed(indices, generators, partial(draw, self.data), [(self.preset.data[name], len(data), partial(draw, data)) for name, data in self.invented.items()])
 
     def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}
 

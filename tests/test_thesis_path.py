@@ -228,6 +228,16 @@ def test_pictures_of_other_weights_captions_or_no_settings_are_refused(pipe, tmp
     with pytest.raises(ValueError, match='no settings.json'): draw_variant('Full pipeline', pipe, pairs, 1, tmp_path, **SETTINGS)
 
 
+def test_two_runs_that_begin_in_one_empty_folder(pipe, tmp_path):
+    "The later one's settings stand in the place of the first one's until the first picture is there: one of them is refused, and the folder is of one kind."
+    def embed_while_another_begins():
+        drawn = draw_to_folder(pipe, ['a blue car']*2, lambda: pipe.embed_captions(['a blue car']*2), tmp_path, 5, **SETTINGS)
+        assert len(drawn) == 2
+        return pipe.embed_captions(['a red apple']*2)
+    with pytest.raises(ValueError, match='holds pictures of other settings'): draw_to_folder(pipe, ['a red apple']*2, embed_while_another_begins, tmp_path, 5, **SETTINGS)
+    assert draw_to_folder(pipe, ['a blue car']*2, pytest.fail, tmp_path, 5, **SETTINGS)
+
+
 def test_processes_are_numbered_by_their_launcher(monkeypatch):
     assert process_share() == (0, 1)
     for k, v in dict(RANK='3', WORLD_SIZE='8').items(): monkeypatch.setenv(k, v)

@@ -1,5 +1,5 @@
 "The training loop: several processes train as one does, and nothing is lost when a run dies."
-import math, random, resource, signal
+import math, os, random, resource, signal, sys
 from types import SimpleNamespace
 
 import pytest
@@ -332,6 +332,20 @@ def test_what_another_process_has_just_trained_is_not_overwritten(tmp_path):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def flock(*_): raise OSError(38, 'Function not implemented')
     monkeypatch.setattr('t2i.train.fcntl.flock', flock)
+    assert train(Line(), LINE | {'steps': 2}, tmp_path, device='cpu', progress=False).exists()
+
+
+def test_windows_has_locks_of_its_own(tmp_path, monkeypatch):
+    locked = set()
+    def locking(descriptor, mode, n):
+        name = os.readlink(f'/proc/self/fd/{descriptor}')
+        if name in locked: raise PermissionError(13, 'Permission denied')
+        locked.add(name)
+    monkeypatch.setattr('t2i.train.fcntl', None)
+    monkeypatch.setitem(sys.modules, 'msvcrt', SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with _Run(Line(), LINE, tmp_path, 0, 'cpu', None, None, False).alone(), pytest.raises(ValueError, match='another process trains in'):
+        train(Line(), LINE, tmp_path, device='cpu', progress=False)
+    locked.clear()
     assert train(Line(), LINE | {'steps': 2}, tmp_path, device='cpu', progress=False).exists()
 
 

@@ -1,0 +1,121 @@
+"""Two emoji in one picture: what is put together, what never is, and who learns from it."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from t2i import composed as module, data
+from t2i.cli import app
+from t2i.clip import CLIP, TextTask
+from t2i.composed import GLASSES, HATS, asked_together, composed, composed_emoji, cut_out, put_together
+from t2i.core import load_weights
+from t2i.data import PreparedDataset, decode_image, load_emoji, write_shards
+from t2i.decoder import DecoderTask
+from t2i.train import step_generator
+from t2i.translator import TranslatorTask
+
+
+def shell(*arguments): return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope='module')
+def table(): return load_emoji('train')
+
+
+@pytest.fixture(scope='module')
+def rows(table): return composed(table, table, 300)
+
+
+def test_rows_name_what_they_show(table, rows):
+    by_key = table.set_index('key')
+    assert len(rows) == 300 and rows.key.is_unique and set(rows.way) == {'eyes', 'head', 'corner', 'side'}
+    for row in rows.itertuples():
+        first, way, second, _ = row.key.rsplit('/', 3)
+        assert row.name == f"{by_key.name[first]} {'and' if way == 'side' else 'with'} {second}" and row.style == by_key['style'][first] and way == row.way
+        assert second in {'eyes': GLASSES, 'head': HATS}.get(way, [second]) and all(second in c and row.style in c for c in row.captions if ' style' in c)
+        shown, alone = (np.asarray(decode_image(d)).astype(int) for d in (row.image, by_key.image[first]))
+        assert shown.shape == (64, 64, 3) and abs(shown - alone).mean() > 2
+    assert composed(table, table, 5).equals(rows[:5]) and not composed(table, table, 5, seed=1).equals(rows[:5])
+
+
+def test_what_the_judge_asks_for_is_never_put_together(rows):
+    apart = asked_together()
+    assert {('cat', 'sunglasses'), ('dog', 'sunglasses'), ('cat', 'hat'), ('heart', 'arrow'), ('robot', 'top hat')} <= apart
+    for row in rows.itertuples():
+        first, _, second, _ = row.key.rsplit('/', 3)
+        thing = row.name[:-len(second)]
+        assert not [pair for pair in apart if all(w in thing for w in pair[0].split()) and all(w in second for w in pair[1].split())]
+
+
+def test_it_is_the_second_that_differs(table):
+    "Glasses change a face where its eyes are, a hat what is above it, and what is held its corner."
+    def cut(name): return cut_out(decode_image(table.image[(table.name == name) & (table['style'] == 'noto')].iloc[0]))
+    face = cut('grinning face')
+    nothing = face.resize((1, 1))
+    nothing.putalpha(0)
+    for way, worn, where in (('eyes', 'sunglasses', (slice(16, 40), slice(8, 56))), ('head', 'crown', (slice(0, 34), slice(8, 56))), ('corner', 'red apple', (slice(28, 64), slice(28, 64)))):
+        changed = (np.asarray(put_together(way, face, cut(worn))) != np.asarray(put_together(way, face, nothing))).any(2)
+        outside = changed.copy()
+        outside[where] = False
+        assert changed.sum() > 150 and not outside.any(), way
+    with pytest.raises(ValueError, match="no way 'nose'.*use 'eyes'"): put_together('nose', face, face)
+
+
+def test_few_pictures_that_go_together(table):
+    assert len(composed(table[:0], table, 10)) == 0 and len(composed(table[table.subgroup == 'face-smiling'], table[:0], 10)) == 0
+
+
+@pytest.fixture
+def few(table, tmp_path, monkeypatch):
+    "Some emoji in the place of the shipped ones."
+    faces = table[table.name.isin(['grinning face', 'fox', 'cat face', 'sunglasses', 'glasses', 'crown', 'top hat', 'red apple', 'banana', 'beetle']) & table['style'].isin(['noto', 'twemoji'])]
+    others = load_emoji('validation')
+    others = others[others.subgroup.isin(['face-smiling', 'face-concerned', 'food-fruit', 'clothing'])][:12]
+    write_shards(pd.concat([faces, others, load_emoji('test')[:2]], ignore_index=True), tmp_path/'shards')
+    monkeypatch.setattr(data, 'SHARDS', tmp_path/'shards')
+    monkeypatch.setattr(module, 'PICTURES', 40)
+    monkeypatch.chdir(tmp_path)
+    data.keyword_concepts.cache_clear()
+    yield composed_emoji()
+    data.keyword_concepts.cache_clear()
+
+
+def test_shards_are_made_once_from_their_own_split(few):
+    training, validation = (load_emoji(split) for split in ('train', 'validation'))
+    made = load_emoji(folder=few)
+    assert (made['split'] == 'train').sum() == 40 and (made['split'] != 'test').all()
+    for row in made.itertuples():
+        first, _, second, _ = row.key.rsplit('/', 3)
+        assert first in set((training if row.split == 'train' else validation).key) and second in set(training.name)
+    before = {p: p.stat().st_mtime_ns for p in few.iterdir()}
+    assert composed_emoji() == few and before == {p: p.stat().st_mtime_ns for p in few.iterdir()}
+
+
+def test_every_stage_takes_its_share(few, tmp_path):
+    text = (data.ASSETS.parent/'presets/smoke.toml').read_text(encoding='utf-8')
+    preset = tmp_path/'composed.toml'
+    preset.write_text(text.replace('[data]\n', '[data]\ncomposed = 0.5\n').replace('[decoder]\n', '[decoder]\ncomposed = 0.25\n'), encoding='utf-8')
+    for stage in ('clip', 'text', 'translator', 'decoder'):
+        done = shell('train', stage, '--preset', preset, '--out', 'run', '--device', 'cpu')
+        assert done.exit_code == 0, done.output
+        assert load_weights(f'run/{stage}/weights.safetensors')[0]
+    log = pd.read_csv('run/text/log.csv')
+    assert log.validation_composed_image_to_text.dropna().between(0, 1).all() and log.validation_composed_image_to_text.notna().any()
+    generators = [step_generator(0, i) for i in range(8)]
+    task = TextTask(CLIP.from_preset('emoji', 'cpu'), preset, {'composed': few})
+    known = {tuple(t.tolist()) for t in task.invented['composed'].tokens.flatten(0, 1)}
+    assert [tuple(t.tolist()) in known for t in task.batch(torch.arange(8), generators)[1]] == 4*[True] + 4*[False]
+    made = PreparedDataset('run/composed/train')
+    task = DecoderTask(preset, 'run/prepared', composed='run/composed')
+    x, y = task.batch(torch.arange(8), generators)[:2]
+    for pictures, embeddings, rows in ((x[:2], y[:2], made), (x[2:], y[2:], task.data)):
+        all_x, all_y = task.examples(rows, torch.arange(len(rows)))
+        same = (pictures[:, None] == all_x).flatten(2).all(2)
+        assert same.any(1).all() and torch.allclose(embeddings, all_y[same.float().argmax(1)])
+    pairs = TranslatorTask(preset, 'run/prepared', {'composed': 'run/composed'})
+    _, image = pairs.batch(torch.arange(8), generators)
+    known = pairs.statistics.image.standardize(made.image_embeddings(torch.arange(len(made))))
+    assert (image[:4, None] == known).all(2).any(1).all()
+    other = shell('train', 'decoder', '--preset', preset, '--out', 'other', '--prepared', 'run/prepared', '--device', 'cpu')
+    assert other.exit_code == 0 and not (tmp_path/'other/composed').exists(), other.output  # own pictures are not mixed with emoji
