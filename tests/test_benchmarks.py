@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 
@@ -26,7 +27,7 @@ from t2i.costs import stage_table
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
-from t2i.judge import TEMPLATES, TrainingPictures, caption_ranks
+from t2i.judge import TEMPLATES, TrainingPictures, caption_ranks, part_scores
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import as_pictures
 from t2i.sampling import SAMPLERS
@@ -206,3 +207,12 @@ def test_the_study_of_steps_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch
     both = run([2, 3])
     assert both[0] == first[0] and [row['num_inference_steps'] for row in both] == [2, 3] and json.loads((tmp_path/'steps.json').read_text())['rows'] == both
     with pytest.raises(ValueError, match='pictures of other settings'): steps.study(pipe, 8, [2], ['ddim'], tmp_path/'pictures', tmp_path/'steps.json', guidance_scale=1.)
+
+
+def test_margins_of_parts():
+    class Parts:
+        def encode_images(self, pictures, normalize): return torch.tensor([[1., 0.]])
+        def encode_captions(self, captions, normalize): return torch.tensor([[0.5 - 0.2*('green' in c) + 0.3*('bus' in c), 0.] for c in captions])
+    found = part_scores(Parts(), ['a {red|green} {car|bus}'], [Image.new('RGB', (8, 8))])
+    assert found.right.tolist() == [True, False] and found.margin.tolist() == pytest.approx([0.2, -0.3])
+    assert found.part.tolist() == ['red', 'car'] and found.swapped.tolist() == ['a green car', 'a red bus']

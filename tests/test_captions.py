@@ -1,12 +1,14 @@
 """How captions are read, and which ones the text encoder learns from."""
 import re
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
 from t2i import clip as clips
-from t2i.clip import CLIP, TextTask, Vocabulary, paraphrase_recall
-from t2i.data import AROUND, ENDINGS, OPENINGS, WITH, is_test_keyword, keyword_concepts, load_emoji, typed_captions
+from t2i.clip import CLIP, TextTask, Vocabulary, neighbour_recall, paraphrase_recall
+from t2i.data import AROUND, ENDINGS, OPENINGS, WITH, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, typed_captions
 from t2i.pipeline import TextToImage
 
 
@@ -77,3 +79,28 @@ def test_what_is_looked_up_is_told(clip):
     pipe = TextToImage.from_preset('emoji', 'cpu')
     with pytest.warns(UserWarning, match=r'reads a keyword.s emoji for them: coffee \(hot beverage\)$') as told: read = pipe.embed_captions(['a cup of coffee'])
     assert len(told) == 1 and torch.equal(read, pipe.embed_captions(['a cup of hot beverage']))
+
+
+def test_narrow_stripes_become_grey():
+    "A picture that is made smaller for the encoder is smoothed first."
+    seen = []
+    class Encoder(torch.nn.Module):
+        def encode_image(self, x): seen.append(x); return x.flatten(1)
+    stripes = torch.ones(1, 3, 64, 64)
+    stripes[..., ::2] = -1
+    CLIP(Encoder(), None, 16, device='cpu').encode_pixels(stripes)
+    assert seen[0].abs().max() < 0.2
+
+
+def test_chance_of_a_paraphrase(clip):
+    found = paraphrase_recall(clip, load_emoji('test')[:60], k=10)
+    assert torch.allclose(torch.tensor(found['by chance'].values), 1 - (1 - torch.tensor(found.pictures.values)/60)**10)
+
+
+def test_neighbours_are_of_the_concepts_that_are_asked_for():
+    everything = load_emoji('train')
+    same = everything[everything.concept == everything.concept[0]]
+    table, training = same[:1], pd.concat([same[1:2], everything[everything.concept != everything.concept[0]][:1]])
+    first = emoji_pixels(table)[0]
+    def encode_images(pixels, normalize): return torch.eye(2)[[1]] if len(pixels) == 1 and (pixels[0] == first).all() else torch.eye(2)[:len(pixels)]
+    assert neighbour_recall(SimpleNamespace(encode_images=encode_images), table, training) == {'nearest': 1., 'average': 1.}

@@ -303,3 +303,9 @@ def test_what_cannot_be_converted(published, pipe, tmp_path):
     told(lambda: convert(tmp_path/'some', tmp_path/'out'), 'image_embedding_mean.npy', 'four files')
     result = shell('convert', tmp_path/'nothing.pt', tmp_path/'x.safetensors')
     assert result.exit_code == 1 and len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('header', [{'pieces': [1]}, {'classes': {'style': ['noto']}}])
+def test_weights_that_need_their_header_keep_it(tmp_path, header):
+    save_weights(tmp_path/'some.safetensors', {'w': torch.zeros(2)}, header)
+    with pytest.raises(ValueError, match='has no header: keep it as safetensors'): convert(tmp_path/'some.safetensors', tmp_path/'some.pt')

@@ -1,4 +1,6 @@
 """What the chapter on metrics leaves out: properties, files on disk, and weights that are missing or wrong."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,16 @@ def test_a_picture_that_lies_on_its_side_is_upright(tmp_path):
     pictures = [Image.open(tmp_path/'side.png'), Image.new('RGB', (32, 64), 'red')]
     first, second = extract_features(pictures, device='cpu').pooled
     assert torch.allclose(first, second, atol=1e-5)
+
+
+def test_a_score_is_never_below_zero():
+    clip = SimpleNamespace(encode_images=lambda images, normalize: torch.tensor([[1., 0.]]), encode_captions=lambda captions, normalize: torch.tensor([[-1., 0.]]))
+    assert metrics.clip_score(clip, np.zeros((1, 8, 8, 3), np.uint8), ['the opposite']).tolist() == [0.]
+
+
+def test_a_kernel_distance_is_over_halves(monkeypatch):
+    "Of the smaller set, and of a thousand at most."
+    asked = []
+    monkeypatch.setattr(metrics, 'kid_features_to_metric', lambda a, b, **options: asked.append(options['kid_subset_size']) or {'kernel_inception_distance_mean': 0., 'kernel_inception_distance_std': 0.})
+    for n, m in ((10, 30), (300, 500), (3000, 2500)): kernel_distance(torch.zeros(n, 2), torch.zeros(m, 2))
+    assert asked == [5, 150, 1000]

@@ -374,3 +374,28 @@ def test_emoji_are_prepared_like_everything_else(tmp_path):
     assert report['prepared'] == 60 and report['splits'] == data.load_emoji().head(60)['split'].value_counts().to_dict()
     train = PreparedDataset(tmp_path/'out/train')
     assert train.captions_per_image == 5 and train.keys == list(data.load_emoji().head(60).query("split == 'train'").key)
+
+
+def test_captions_are_repeated_until_all_pictures_have_as_many(tmp_path):
+    (tmp_path/'raw').mkdir()
+    for i in range(40): (tmp_path/f'raw/{i}.png').write_bytes(picture((i, 0, 0)))
+    (tmp_path/'raw/t.jsonl').write_text(''.join(json.dumps({'file': f'{i}.png', 'captions': [str(i)*(k + 1) for k in range(5 if i % 2 else 2)]}) + '\n' for i in range(40)))
+    prepare(Stub(), tmp_path/'raw', tmp_path/'out', progress=False)
+    prepared = PreparedDataset(tmp_path/'out/train')
+    for i, key in enumerate(prepared.keys):
+        if int(key.split('.')[0]) % 2: continue
+        text = prepared.text_embeddings([i])[0]
+        assert torch.equal(text, text[[0, 1, 0, 1, 0]]) and not torch.equal(text[0], text[1])
+
+
+def test_a_split_that_a_raw_shard_no_longer_has_is_gone(tmp_path):
+    raw, out = tmp_path/'raw', tmp_path/'out'
+    raw.mkdir()
+    members = [(f'{i}.{e}', d) for i in range(200) for e, d in (('png', picture((i, 0, 0))), ('txt', b'a'))]
+    write_tar(raw/'0.tar', members)
+    prepare(Stub(), raw, out, progress=False)
+    held_out = set(PreparedDataset(out/'validation').keys)
+    assert held_out
+    write_tar(raw/'0.tar', [(n, d) for n, d in members if n.split('.')[0] not in held_out])
+    report = prepare(Stub(), raw, out, progress=False)
+    assert set(report['splits']) == {'train'} and not list((out/'validation').glob('*.safetensors'))

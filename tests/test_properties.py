@@ -5,17 +5,22 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from t2i.clip import Vocabulary
+from t2i.clip_algebra import hit_rates, ranks
 from t2i.core import fixed_seed, from_uint8, make_generators, randn, to_uint8
+from t2i.costs import stage_table
 from t2i.data import Standardizer, merge_moments, moments
-from t2i.diffusion import SCHEDULES, Diffusion
+from t2i.diffusion import SCHEDULES, Diffusion, PerfectDenoiser
 from t2i.sampling import SAMPLERS, sample
 from t2i.train import batch_indices, learning_rate_factor
+from t2i.unet import Attention, UNet
 
 seeds = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
@@ -280,3 +285,50 @@ def test_a_gpu_that_is_named_is_the_one_that_works(monkeypatch, device, world, c
 def test_unknown_precision(pipe, monkeypatch):
     monkeypatch.setenv('T2I_PRECISION', 'half')
     with pytest.raises(ValueError, match="T2I_PRECISION is 'half': set it to 'float32' or 'bfloat16'"): pipe('a red apple')
+
+
+@pytest.mark.parametrize('eta', [0.3, 1.])
+@pytest.mark.parametrize('name', ['ddim', 'dpm_solver_pp'])
+def test_a_step_adds_its_share_of_noise(name, eta):
+    d, shape = Diffusion('cosine', 1000).respace([300, 600]), (1, 8, 8)
+    x, perfect = torch.randn(4, *shape, dtype=torch.float64), PerfectDenoiser(d, torch.zeros(1, *shape), 0.4)
+    a, a_next = d.alphas_cumprod[1], d.alphas_cumprod_prev[1]
+    shrinks = (1 - a_next)/(1 - a)*a/a_next  # e^(-2h)
+    variance = eta**2*d.posterior_variance[1] if name == 'ddim' else (1 - a_next)*(1 - shrinks**eta)
+    one, other = (next(SAMPLERS[name](perfect, d, x, make_generators(seed, 4), eta=eta)).x for seed in (5, 6))
+    noise, other_noise = (randn(shape, make_generators(seed, 4)).double() for seed in (5, 6))
+    torch.testing.assert_close(one - other, variance.sqrt()*(noise - other_noise))
+
+
+def test_the_second_order_is_exact_for_uneven_steps():
+    "An image that moves linearly in λ is extrapolated to the middle of the step."
+    d = Diffusion('cosine', 1000).respace([100, 300, 900])
+    lambdas, x = d.snr.log()/2, torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    def line(x, t): return lambdas[t].reshape(-1, 1, 1, 1).expand_as(x), None
+    first, second, _ = SAMPLERS['dpm_solver_pp'](line, d, x, None)
+    a, a_next, h = d.alphas_cumprod[1], d.alphas_cumprod[0], lambdas[0] - lambdas[1]
+    torch.testing.assert_close(second.x, ((1 - a_next)/(1 - a)).sqrt()*first.x + a_next.sqrt()*(1 - (-h).exp())*(lambdas[1] + h/2))
+
+
+def test_attention_of_training_in_sixteen_bits_is_that_of_sampling():
+    q, k, v = (2*torch.randn(2, 3, 16, 32, dtype=torch.bfloat16) for _ in range(3))
+    torch.testing.assert_close(Attention._attend(q, k, v).float(), F.scaled_dot_product_attention(q.float(), k.float(), v.float()), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize('more', [dict(augmentation_size=8), dict(num_classes=5, embedding_size=0), dict(seam_channels=32)])
+def test_the_table_of_costs_counts_all_parameters(more):
+    with torch.device('meta'): model = UNet(16, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_heads=1, **({'embedding_size': 8} | more))
+    assert stage_table(model).parameters.sum() == sum(p.numel() for p in model.parameters())
+
+
+def test_each_picture_is_pulled_to_its_own_base_image(pipe):
+    bases = [Image.new('RGB', (64, 64), c) for c in ('red', 'blue', 'lime')]
+    together, apart = (pipe(['a dog']*3, batch_size=n, num_inference_steps=4, generator=1, base_image=bases, image_guidance_scale=0.05) for n in (3, 2))
+    for a, b in zip(together, apart): assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
+def test_inputs_of_an_analogy_do_not_count():
+    table, questions = pd.DataFrame({'style': ['noto']*4}), pd.DataFrame([('r', 'noto', 0, 1, 2, 3)], columns=['relation', 'style', 'a', 'b', 'c', 'd'])
+    embeddings = torch.tensor([[1., 0.], [1., 0.1], [1., 0.2], [1., 0.5]])
+    assert ranks(table, questions, embeddings[:1], embeddings).tolist() == [1] and ranks(table, questions, embeddings[:1], embeddings, exclude_inputs=False).tolist() == [4]
+    assert hit_rates(np.array([1, 5, 9]), 'xyz')['hits@5'] == 2/3

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from t2i.data import Undecodable, decode_image, prepare
-from t2i.readers import CocoCaptions, Sample, Skipped, _members, find_shards
+from t2i.readers import CocoCaptions, Sample, Skipped, _content, _members, find_shards
 
 
 class Stub:
@@ -468,3 +468,11 @@ def test_a_tar_does_not_lead_back():
     info = tarfile.TarInfo('0.png')
     info.size = -512  # the next header would be this one
     with pytest.raises(tarfile.HeaderError, match='negative size'): list(itertools.islice(_members(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))), 9))
+
+
+@pytest.mark.parametrize('size', [10, 5000, 2**20])
+def test_a_change_at_the_end_of_a_shard_is_noticed(tmp_path, size):
+    (tmp_path/'x').write_bytes(bytes(size))
+    before = _content(tmp_path/'x')
+    (tmp_path/'x').write_bytes(bytes(size - 1) + b'1')
+    assert _content(tmp_path/'x') != before

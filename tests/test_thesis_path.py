@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import stand_ins
 from t2i.cli import app
 from t2i.core import get_device, process_state, uses_bfloat16
-from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants
+from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants, table_5_1
 from t2i.pipeline import TextToImage, draw_to_folder, process_share
 from t2i.train import _Run
 
@@ -362,3 +362,10 @@ def test_settings_of_something_else_are_left_alone(tmp_path, other):
     for options in ([], ['--seed', 1]):
         says(shell('generate', 'a', '--preset', 'smoke', '--steps', 1, '--device', 'cpu', '--out', tmp_path, *options), 'settings.json', 'something else', 'another folder')
     assert (tmp_path/'settings.json').read_text() == other and len(list(tmp_path.iterdir())) == 1
+
+
+def test_each_number_of_table_5_1_is_in_its_column():
+    numbers = pd.DataFrame({v: dict(fid=1.1, kid=0.1, kid_std=0.01, precision=0.2, recall=0.3, n=8, n_real=8, features='f', clip_score=40., **{'is': 5.}) for v in VARIANTS}).T
+    row = table_5_1(numbers).iloc[0]
+    assert (row['FID ↓'], row['IS ↑'], row['Precision ↑'], row['Recall ↑'], row['CLIP score ↑']) == ('1.1', '5.00', '0.200', '0.300', '40.0')
+    assert (row['thesis FID'], row['thesis IS'], row['thesis precision'], row['thesis recall']) == ('65.9', '11.6', '0.804', '0.307')

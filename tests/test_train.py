@@ -8,9 +8,10 @@ from torch import nn
 
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
 from t2i.core import Preset, compiles, load_into, load_preset, load_weights, make_generators, randn, save_weights
+from t2i.data import Standardizer, Statistics
 from t2i.decoder import DecoderTask, decode, make_decoder, make_diffusion
-from t2i.train import Energy, Log, Task, TrainConfig, _Run, train
-from t2i.translator import TranslatorTask
+from t2i.train import Energy, Log, Task, TrainConfig, _Run, ema_rate, train
+from t2i.translator import TranslatorTask, make_translator, translator_validation
 
 
 @pytest.fixture(scope='module')
@@ -476,3 +477,30 @@ def test_the_translator_is_validated_on_ten_thousand_pairs_that_are_read_once(tm
 def test_fsdp_of_an_older_torch_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr('torch.__version__', torch.torch_version.TorchVersion('2.8.0'))
     with pytest.raises(ValueError, match='with torch 2.8.0, fsdp trains with other losses'): flat(tmp_path, SHORT | {'fsdp': True})
+
+
+def test_embeddings_of_changed_pictures_are_standardised(tmp_path):
+    folder, raw, told = prepared(tmp_path), torch.randn(4, 8), []
+    Statistics(Standardizer(torch.full((8,), 3.), torch.full((8,), 2.))).save(folder/'statistics.safetensors')
+    preset = Preset.nest(PRESET | {'decoder': PRESET.decoder | {'augment': 1., 'drop': 0.}})
+    task = DecoderTask(preset, folder, clip=SimpleNamespace(encode_pixels=lambda x: raw))
+    def network(x, t, y, augmentation): told.append(y); return task.model(x, t, y, augmentation)
+    task.loss(network, task.batch(torch.arange(4), make_generators(0, 4)))
+    torch.testing.assert_close(told[0], (raw - 3)/2)
+
+
+def test_the_translator_learns_from_every_caption(tmp_path):
+    task = TranslatorTask(PRESET, prepared(tmp_path))
+    drawn, _ = task.batch(torch.zeros(40, dtype=torch.long), make_generators(0, 40))
+    assert all(10 < (drawn == each).all(1).sum() < 30 for each in task.data.text_embeddings([0])[0])
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_validation_leaves_the_mode_as_it_was(training):
+    model = make_translator(PRESET).train(training)
+    translator_validation(model, torch.randn(4, 8), torch.randn(4, 8))
+    assert model.training == training
+
+
+def test_the_average_of_a_short_run_forgets_its_start():
+    assert [ema_rate(0.9999, step) for step in (0, 90)] == [1/10, 91/100] and ema_rate(0.9999, 10**6) == 0.9999

@@ -3,6 +3,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,3 +414,33 @@ def test_command_enlarges_where_the_preset_has_an_upsampler_of_its_own(tmp_path)
         result = CliRunner().invoke(app, ['generate', 'a red apple', '--steps', '2', '--device', 'cpu', '--out', str(tmp_path/str(size)), *options])
         assert result.exit_code == 0, result.output
         assert Image.open(tmp_path/str(size)/'00000.png').size == (size, size)
+
+
+def test_a_tile_is_filled_up_with_paper():
+    seen = []
+    def enlarge(tiles): seen.append(tiles); return tiles
+    in_tiles(enlarge, torch.zeros(3, 5, 21), 8)
+    assert all((tile[:, 5:] == 1).all() and (tile[:, :5] == 0).all() for tile in seen[0])
+
+
+def test_a_picture_is_enlarged_the_same_whichever_are_with_it():
+    "By its own embedding and noise."
+    emoji = load_preset('emoji')
+    upsampler = emoji.upsampler | {'image_size': 128, 'crop': 32, 'channel_mult': [1], 'sampling': emoji.upsampler.sampling | {'steps': 2}}
+    pipe = TextToImage.from_preset(Preset.nest(load_preset('smoke') | {'upsampler': upsampler}), 'cpu')
+    for p in pipe.upsampler.parameters(): torch.nn.init.normal_(p, std=0.1)
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (n, n, 3), np.uint8)) for i, n in enumerate((64, 70, 64, 64))]
+    together = pipe.upsample(pictures, generator=[1, 2, 3, 4], batch_size=2)
+    for i, picture in enumerate(pictures):
+        alone, = pipe.upsample(picture, generator=[i + 1])
+        assert np.abs(np.asarray(alone, int) - np.asarray(together[i], int)).max() <= 1
+
+
+def test_zero_shot_classification_has_the_scale_of_its_clip():
+    clip = SimpleNamespace(logit_scale=10., encode_images=lambda images, normalize: torch.eye(3), encode_captions=lambda captions, normalize: torch.eye(3))
+    torch.testing.assert_close(ZeroShot(clip, ['a', 'b', 'c']).probabilities(torch.zeros(3, 3, 8, 8)), (10*torch.eye(3)).softmax(1))
+
+
+def test_crops_come_from_everywhere():
+    x = torch.randint(0, 256, (6, 6, 3), dtype=torch.uint8)
+    assert {tuple(UpsamplerTask.corner(x, 4, g).tolist()) for g in make_generators(0, 200)} == {(i, j) for i in range(3) for j in range(3)}
