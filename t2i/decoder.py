@@ -224,5 +224,6 @@ def gpu_hours(
     utilisation: float = 0.35,  # share of the peak rate that is reached
 ) -> float:
     "Hours that a GPU takes."
+    if not 0 < utilisation <= 1: raise ValueError(f"utilisation is {utilisation}: it is the share of the GPU's peak that is reached, above 0 and at most 1")
     if gpu not in GPUS: raise ValueError(f"there is no GPU {gpu!r} in the table: use one of {', '.join(GPUS)}")
     return gflop/1e3/GPUS[gpu][0]/utilisation/3600

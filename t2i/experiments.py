@@ -16,7 +16,7 @@ from PIL import Image
 
 from .core import atomic_path, square
 from .data import decode_image, load_emoji
-from .metrics import clip_score, evaluate, extract_features, real_vs_real
+from .metrics import MIN_IMAGES, clip_score, evaluate, extract_features, real_vs_real
 from .pipeline import TextToImage, draw_to_folder
 from .readers import CocoCaptions
 

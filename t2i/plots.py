@@ -5,7 +5,7 @@ __all__ = ['as_pictures', 'show_images', 'image_grid', 'side_by_side', 'show_pai
            'plot_bars']
 
 # %% ../nbs/lib/plots.ipynb #4b9fd781
-import math, textwrap
+import functools, math, textwrap, unicodedata
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,6 +26,15 @@ def as_pictures(
     return pil_pictures(images)
 
 
+@functools.cache
+def _glyphs(): return font_manager.get_font(font_manager.findfont('DejaVu Sans')).get_charmap()
+
+
+def _drawable(text):
+    "The text with the names of characters that the font has not, such as emoji."
+    return ''.join(c if c.isspace() or ord(c) in _glyphs() else unicodedata.name(c, '').lower() for c in text.replace('\ufe0f', '').replace('\u200d', ' '))
+
+
 def _captions_for(pictures, captions):
     if captions is None: return [''] * len(pictures)
     if len(captions) != len(pictures):
@@ -36,14 +45,14 @@ def _captions_for(pictures, captions):
 def show_images(
     images,                 # see `as_pictures`
     captions: list = None,  # one for each image, wrapped beneath it
-    columns: int = None,    # images in a row; by default at most 6
+    columns: int = 6,       # images in a row, at most
     size: float = 1.5,      # width of an image in inches
     title: str = None,      # above all
 ) -> plt.Figure:
     "Images in rows, each above its caption."
     pictures = as_pictures(images)
-    below = [textwrap.fill(c, int(13*size)) for c in _captions_for(pictures, captions)]
-    columns = columns or min(len(pictures), 6)
+    below = [textwrap.fill(_drawable(c), int(13*size)) for c in _captions_for(pictures, captions)]
+    columns = min(columns, len(pictures))
     rows, lines = math.ceil(len(pictures)/columns), max(len(b.splitlines()) for b in below)
     height = size*max(p.height/p.width for p in pictures) + 0.16*lines + 0.05
     figure, axes = plt.subplots(rows, columns, figsize=(size*columns, height*rows + 0.3*bool(title)), squeeze=False, layout='constrained')
@@ -51,7 +60,7 @@ def show_images(
     for axis, picture, text in zip(axes.flat, pictures, below):
         axis.imshow(picture, interpolation='nearest' if picture.width <= 100*size else 'antialiased')
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha='center', va='top', fontsize=7.5, parse_math=False)
-    if title: figure.suptitle(title, fontsize=10, parse_math=False)
+    if title: figure.suptitle(_drawable(title), fontsize=10, parse_math=False)
     plt.close(figure)  # a notebook shows what a cell returns; left open it would be shown twice
     return figure
 
@@ -82,7 +91,7 @@ def image_grid(
     width, height = (max(p.size[i] for p in pictures) for i in (0, 1))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     font = ImageFont.truetype(font_manager.findfont('DejaVu Sans'), 12)  # comes with matplotlib, and with most alphabets
-    below = [_wrap(c, font, width) for c in _captions_for(pictures, captions)]
+    below = [_wrap(_drawable(c), font, width) for c in _captions_for(pictures, captions)]
     line = sum(font.getmetrics())
     step_x, step_y = width + 2*gap, height + 2*gap + line*max(len(b.splitlines()) for b in below)
     grid = Image.new('RGB', (columns*step_x, math.ceil(len(pictures)/columns)*step_y), 'white')
