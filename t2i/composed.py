@@ -133,7 +133,9 @@ def composed(
             name = f'{a.name} {joined} {b.name}'
             captions = emoji_captions(name, a.style, name, [])
             keywords = [k for k in a.keywords if k != a.name and not is_test_keyword(a.concept, k)]
-            if keywords: captions[-1] = f"{pick(keywords)} {joined if way == 'side' else pick(['with', 'wearing', 'with a'])} {b.name}, {a.style} style"
+            if keywords:
+                keyword, link = pick(keywords), joined if way == 'side' else pick(['with', 'wearing', 'with a'])
+                if not any(_have((keyword, b.name), pair) for pair in apart): captions[-1] = f'{keyword} {link} {b.name}, {a.style} style'  # a tiger's keyword is "cat"
             rows.append({**{c: getattr(a, c) for c in table.columns}, 'key': f'{a.key}/{way}/{b.name}/{len(rows)}', 'image': webp(picture), 'name': name, 'concept': name, 'captions': captions, 'caption': captions[0], 'way': way, 'keywords': []})
             bar.update(1)
     return pd.DataFrame(rows)

@@ -5,7 +5,8 @@ __all__ = ['as_pictures', 'show_images', 'image_grid', 'side_by_side', 'show_pai
            'plot_bars']
 
 # %% ../nbs/lib/plots.ipynb #4b9fd781
-import functools, math, textwrap, unicodedata
+import functools, math, re, textwrap, unicodedata
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +23,7 @@ def as_pictures(
 ) -> list:
     "The images as PIL pictures. Raises `ValueError` if there are none, or something else, such as paths."
     if isinstance(images, torch.Tensor) and images.is_floating_point(): images = to_pil(images)
-    if not isinstance(images, (Image.Image, str)): images = [Image.fromarray(np.asarray(i)) if isinstance(i, (np.ndarray, torch.Tensor)) else i for i in images]
+    if not isinstance(images, (Image.Image, str, Path, type(None))): images = [Image.fromarray(np.asarray(i)) if isinstance(i, (np.ndarray, torch.Tensor)) else i for i in images]
     return pil_pictures(images)
 
 
@@ -32,7 +33,8 @@ def _glyphs(): return font_manager.get_font(font_manager.findfont('DejaVu Sans')
 
 def _drawable(text):
     "The text with the names of characters that the font has not, such as emoji."
-    return ''.join(c if c.isspace() or ord(c) in _glyphs() else unicodedata.name(c, '').lower() for c in text.replace('\ufe0f', '').replace('\u200d', ' '))
+    named = ''.join(c if c.isspace() or ord(c) in _glyphs() else f" {unicodedata.name(c, '').lower()} " for c in re.sub('[\ufe0f\u200d]', '', text))
+    return re.sub(' {2,}', ' ', named).replace(' ,', ',').strip(' ')
 
 
 def _captions_for(pictures, captions):

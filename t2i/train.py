@@ -63,12 +63,14 @@ def mixed(
     others: list,  # (share of the batch, number of examples, function as `draw`) for each other data set
 ) -> tuple:
     "Tensors [N, …] of a batch: the shares of the others first, then own examples."
+    if sum(share for share, *_ in others) > 1: raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
     parts, first = [], 0
     for share, n, draw_other in others:
         mine = generators[first:first + round(share*len(indices))]
         first += len(mine)
         if mine: parts.append(draw_other(randint(n, mine), mine))
-    return tuple(torch.cat(values) for values in zip(*parts, draw(indices[first:], generators[first:])))
+    if first < len(indices): parts.append(draw(indices[first:], generators[first:]))
+    return tuple(torch.cat(values) for values in zip(*parts))
 
 # %% ../nbs/lib/train.ipynb #a8e9292a
 def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear', final: float = 0.) -> float:

@@ -309,3 +309,12 @@ def test_what_cannot_be_converted(published, pipe, tmp_path):
 def test_weights_that_need_their_header_keep_it(tmp_path, header):
     save_weights(tmp_path/'some.safetensors', {'w': torch.zeros(2)}, header)
     with pytest.raises(ValueError, match='has no header: keep it as safetensors'): convert(tmp_path/'some.safetensors', tmp_path/'some.pt')
+
+
+def test_average_from_the_shell(tmp_path):
+    for i, value in enumerate((1., 3.)): save_weights(tmp_path/f'{i}.safetensors', {'w': torch.full((2,), value)})
+    result = shell('average', tmp_path/'0.safetensors', tmp_path/'1.safetensors', '--out', tmp_path/'new/mean.safetensors')
+    assert result.exit_code == 0 and result.output.strip() == str(tmp_path/'new/mean.safetensors')
+    assert load_weights(tmp_path/'new/mean.safetensors')[0]['w'].tolist() == [2., 2.]
+    result = shell('average', tmp_path/'0.safetensors', '--out', tmp_path/'x.safetensors')
+    assert result.exit_code == 1 and result.output.strip() == '1 file was given: a mean needs the weights of at least two networks'

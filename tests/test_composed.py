@@ -39,13 +39,17 @@ def test_rows_name_what_they_show(table, rows):
     assert composed(table, table, 5).equals(rows[:5]) and not composed(table, table, 5, seed=1).equals(rows[:5])
 
 
-def test_what_the_judge_asks_for_is_never_put_together(rows):
+def test_what_the_judge_asks_for_is_never_put_together(table):
+    cats = table[table.keywords.map(lambda k: 'cat' in k) & ~table.name.str.contains('cat')]
+    assert 'tiger face' in set(cats.name)
+    rows = pd.concat([composed(table, table, 150), composed(cats, table, 100)])
     apart = asked_together()
     assert {('cat', 'sunglasses'), ('dog', 'sunglasses'), ('cat', 'hat'), ('heart', 'arrow'), ('robot', 'top hat')} <= apart
     for row in rows.itertuples():
         first, _, second, _ = row.key.rsplit('/', 3)
-        thing = row.name[:-len(second)]
-        assert not [pair for pair in apart if all(w in thing for w in pair[0].split()) and all(w in second for w in pair[1].split())]
+        for words in (row.name, row.captions[-1]):  # the last one says a keyword in the place of the name
+            thing = words.split(f' {second}')[0]
+            assert not [pair for pair in apart if all(w in thing for w in pair[0].split()) and all(w in second for w in pair[1].split())], row.captions
 
 
 def test_it_is_the_second_that_differs(table):
