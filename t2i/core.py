@@ -112,7 +112,7 @@ def get_device(device: 'str | torch.device | None' = None) -> torch.device:
     "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have, or that torch has no kernels for."
     chosen, n = device is None, torch.cuda.device_count()
     try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except RuntimeError: raise ValueError(f"there is no device {device!r}: use 'cpu', 'cuda', or 'cuda:1' for the second GPU") from None
+    except RuntimeError: raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
     if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))  # of several processes each has its own
     if device.type == 'cuda' and device.index >= n:
         raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA GPU here: take device='cpu', "

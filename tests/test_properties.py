@@ -311,8 +311,8 @@ def test_the_second_order_is_exact_for_uneven_steps():
 
 
 def test_attention_of_training_in_sixteen_bits_is_that_of_sampling():
-    q, k, v = (2*torch.randn(2, 3, 16, 32, dtype=torch.bfloat16) for _ in range(3))
-    torch.testing.assert_close(Attention._attend(q, k, v).float(), F.scaled_dot_product_attention(q.float(), k.float(), v.float()), atol=0.05, rtol=0.05)
+    q, k, v = (2*torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    torch.testing.assert_close(Attention._attend(q, k, v).float(), F.scaled_dot_product_attention(q.float(), k.float(), v.float()), atol=0.15, rtol=0.05)  # without the scale they are 4 apart
 
 
 @pytest.mark.parametrize('more', [dict(augmentation_size=8), dict(num_classes=5, embedding_size=0), dict(seam_channels=32)])
