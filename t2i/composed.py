@@ -15,8 +15,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .core import atomic_path
-from .data import decodable, decode_image, emoji_captions, is_test_keyword, load_emoji, webp, write_shards
+from .data import decodable, decode_image, emoji_captions, is_test_keyword, load_emoji, webp, write_once
 from .judge import TEMPLATES
 
 # %% ../nbs/lib/composed.ipynb #1c66e0c9
@@ -124,7 +123,7 @@ def composed(
             way = ['eyes', 'head', 'corner', 'side'][np.searchsorted([0.3, 0.55, 0.85], rng.random())]
             a = pick(faces if way in ('eyes', 'head') else things)
             if a is None: continue
-            b = worn.get((a.style, pick(GLASSES if way == 'eyes' else HATS))) if way in ('eyes', 'head') else pick((small if way == 'corner' else beside).get(a.style, [None]))
+            b = worn.get((a.style, pick(GLASSES if way == 'eyes' else HATS))) if way in ('eyes', 'head') else pick((small if way == 'corner' else beside).get(a.style))
             if b is None or a.concept == b.concept or any(_have((a.name, b.name), pair) for pair in apart): continue
             if not cut_once(a) or not cut_once(b): continue
             low = way == 'eyes' and (a.subgroup in ('cat-face', 'monkey-face', 'animal-mammal') or a.name in ANIMALS)
@@ -148,10 +147,8 @@ def composed_emoji(
     out: 'str | Path' = 'cache/emoji_composed',  # gets Parquet shards that `load_emoji` and `prepare` read
 ) -> Path:
     "The composed pictures of the emoji, made the first time that they are asked for."
-    out = Path(out)
-    if not (out/'complete').exists():
+    def make():
         emoji = decodable(load_emoji())
         training, validation = (emoji[emoji['split'] == split] for split in ('train', 'validation'))
-        write_shards(pd.concat([composed(training, training, PICTURES, 0, progress=True), composed(validation, training, PICTURES//20, 1)]), out)
-        with atomic_path(out/'complete') as done: done.touch()
-    return out
+        return pd.concat([composed(training, training, PICTURES, 0, progress=True), composed(validation, training, PICTURES//20, 1)])
+    return write_once(out, make)

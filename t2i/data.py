@@ -8,9 +8,9 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
            'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
            'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
-           'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured', 'recoloured_emoji', 'Standardizer',
-           'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics', 'training_statistics',
-           'prepare', 'clip_probe', 'same_probe', 'encoded_by', 'PreparedDataset']
+           'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once', 'recoloured_emoji',
+           'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics',
+           'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -448,15 +448,23 @@ def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*table.columns, 'colour'])
 
 
+def write_once(
+    out: 'str | Path',  # gets the shards
+    make,  # function () → their table, called the first time only
+) -> Path:
+    "`out`, with shards that are complete."
+    out = Path(out)
+    if not (out/'complete').exists():
+        write_shards(make(), out)
+        with atomic_path(out/'complete') as done: done.touch()
+    return out
+
+
 def recoloured_emoji(
     out: 'str | Path' = 'cache/emoji_recoloured',  # gets Parquet shards that `load_emoji` and `prepare` read
 ) -> Path:
     "The recoloured rows of all shipped emoji, made the first time that they are asked for."
-    out = Path(out)
-    if not (out/'complete').exists():
-        write_shards(recoloured(decodable(load_emoji()), progress=True), out)
-        with atomic_path(out/'complete') as done: done.touch()
-    return out
+    return write_once(out, lambda: recoloured(decodable(load_emoji()), progress=True))
 
 # %% ../nbs/01_data.ipynb #e610041f
 class Standardizer:
