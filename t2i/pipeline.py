@@ -23,7 +23,7 @@ from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
-from .sampling import SAMPLERS
+from .sampling import get_sampler
 from .translator import make_translator
 from .upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
 
@@ -225,7 +225,7 @@ class TextToImage:
         if upsample: self._check_upsampler()
         if num_inference_steps is not None: self.diffusion.respace(num_inference_steps)
         if guidance_scale is not None and not math.isfinite(guidance_scale): raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
-        if sampler not in (None, *SAMPLERS): raise ValueError(f"there is no sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+        if sampler is not None: get_sampler(sampler)
         if upsampler_noise is not None: _check_noise(upsampler_noise)
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: draw at least 1 picture at once")
 
