@@ -132,6 +132,12 @@ def test_a_longer_decay_is_no_longer_training(tmp_path):
     torch.testing.assert_close(rates, 1 - torch.arange(4)/16, atol=1e-5, rtol=0)
 
 
+def test_the_throughput_in_the_log_is_that_since_the_last_row(tmp_path):
+    train(Line(), LINE | dict(steps=40, log_every=4), tmp_path/'run', device='cpu', progress=False)
+    seconds, rates = (losses(tmp_path/'run', name).double() for name in ('seconds', 'examples_per_second'))
+    torch.testing.assert_close(rates*seconds.diff(prepend=torch.zeros(1)), torch.full((10,), 4.*LINE['batch_size']).double(), atol=0, rtol=1e-2)
+
+
 def test_the_log_of_a_run_that_goes_on_is_the_undisturbed_one(tmp_path):
     "A row is the mean of all its steps, those before the interruption too."
     class Interrupted(Line):
