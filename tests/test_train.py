@@ -132,6 +132,18 @@ def test_a_longer_decay_is_no_longer_training(tmp_path):
     torch.testing.assert_close(rates, 1 - torch.arange(4)/16, atol=1e-5, rtol=0)
 
 
+def test_every_step_drops_at_random_anew_and_again_alike(tmp_path):
+    class Drops(Line):
+        def loss(self, model, batch):
+            self.drawn = [*getattr(self, 'drawn', []), torch.rand(()).item()]
+            return super().loss(model, batch)
+
+    tasks = Drops(), Drops(), Drops()
+    for i, (task, seed) in enumerate(zip(tasks, (0, 0, 1))): train(task, LINE | dict(steps=4), tmp_path/str(i), seed=seed, device='cpu', progress=False)
+    first, again, other = (task.drawn for task in tasks)
+    assert len(set(first)) == 4 and first == again and not set(first) & set(other)
+
+
 def test_the_throughput_in_the_log_is_that_since_the_last_row(tmp_path):
     train(Line(), LINE | dict(steps=40, log_every=4), tmp_path/'run', device='cpu', progress=False)
     seconds, rates = (losses(tmp_path/'run', name).double() for name in ('seconds', 'examples_per_second'))
