@@ -300,7 +300,7 @@ def load_emoji(
 ) -> pd.DataFrame:
     "The emoji shards as one table, a row for a picture; `image` holds the bytes of a WebP file (see `decode_image`)."
     folder = Path(folder or SHARDS)
-    paths = sorted(folder.glob('*.parquet'))
+    paths = sorted(p for p in folder.glob('*.parquet') if not p.name.startswith('.'))  # a dot: not finished
     if not paths: raise FileNotFoundError(f"{folder} holds no .parquet shard: reinstall the package for the shipped ones, or run `t2i build-emoji`")
     if split not in (None, 'train', 'validation', 'test'): raise ValueError(f"there is no split {split!r}: use 'train', 'validation', 'test' or None")
     wanted = columns and [*dict.fromkeys([*columns, 'split'])]
@@ -769,6 +769,7 @@ class PreparedDataset:
     def __init__(self, folder: 'str | Path', captions: bool = False):
         from safetensors import safe_open
         paths = sorted(p for p in Path(folder).glob('*.safetensors') if not p.name.startswith('.'))  # a dot: not finished
+        if not paths and any(Path(folder).parent.glob('*/*.safetensors')): raise FileNotFoundError(f"{folder} holds no prepared shard, though the other splits do: prepare more pictures, or a source that says which of them are for {Path(folder).name}")
         if not paths: raise FileNotFoundError(f"{folder} holds no prepared shard: make them with `t2i prepare`")
         self.paths, self.shards = [], []
         for path in paths:

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics
-from .clip import CLIP
+from .clip import CLIP, check_captions
 from .convolution import weights_stay
 from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, to_pil, to_tensor, to_uint8
 from .data import Statistics
@@ -25,7 +25,7 @@ from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
 from .sampling import get_sampler
 from .translator import make_translator
-from .upsampler import ZeroShot, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
+from .upsampler import ZeroShot, check_noise, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
 
 # %% ../nbs/lib/pipeline.ipynb #b2019d96
 def _memory_for(n: int, pixels: int):
@@ -41,11 +41,6 @@ def _target(preset, name: str) -> 'str | None':
     "What a model's output is taken for; the translator's is an embedding."
     section = {'decoder': preset, 'upsampler': preset.get('upsampler')}.get(name)
     return section and section.diffusion.target
-
-
-def _check_noise(noise: float) -> float:
-    if not 0 <= noise < math.inf: raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
-    return noise
 
 
 class TextToImage:
@@ -150,6 +145,7 @@ class TextToImage:
         translate: bool = True,  # False: the text embedding as it is, the thesis's variant without a translator
     ) -> torch.Tensor:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
+        captions = check_captions(captions)
         def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
         if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads a keyword's emoji for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
@@ -197,9 +193,10 @@ class TextToImage:
     ) -> list:
         "PIL pictures, those of the first caption first. The same seed draws the same pictures on the same machine."
         if not isinstance(num_images_per_prompt, numbers.Integral) or num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: ask for at least 1 picture")
-        self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, upsampler_noise, batch_size)
+        self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, batch_size)
         self._check_idle(base_image, {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay}, upsample, {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise})
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
+        if upsample: self._check_upsampling(upsampler_label, upsampler_noise, len(y))
         s = self.preset.sampling
         steps = s.steps if num_inference_steps is None else num_inference_steps
         process = self.diffusion if exposure_bias is None else self.diffusion.expect_errors(exposure_bias)
@@ -220,13 +217,12 @@ class TextToImage:
         x = torch.cat(drawn)
         return self._upsample(x, y, upsampler_label, upsampler_noise, generators, batch_size, progress) if upsample else to_pil(x)
 
-    def _check_settings(self, num_inference_steps=None, guidance_scale=None, sampler=None, upsample=False, upsampler_noise=None, batch_size=None, **others):
+    def _check_settings(self, num_inference_steps=None, guidance_scale=None, sampler=None, upsample=False, batch_size=None, **others):
         "Refuse what would fail only while pictures are drawn, or spoil them."
         if upsample: self._check_upsampler()
         if num_inference_steps is not None: self.diffusion.respace(num_inference_steps)
         if guidance_scale is not None and not math.isfinite(guidance_scale): raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
         if sampler is not None: get_sampler(sampler)
-        if upsampler_noise is not None: _check_noise(upsampler_noise)
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: draw at least 1 picture at once")
 
     @staticmethod
@@ -280,9 +276,9 @@ class TextToImage:
         "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
         settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
         size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
+        self._check_upsampling(label, noise, len(x))
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
-        elif label is not None: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
-        noise = _check_noise(settings.get('noise', 0.) if noise is None else noise)
+        noise = settings.get('noise', 0.) if noise is None else noise
         def enlarge(x, y, generators):
             with _memory_for(min(size, len(x)), self.upsampler.image_size):
                 return super_resolve(diffusion, self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size, progress)
@@ -299,6 +295,12 @@ class TextToImage:
         if classes:
             for picture, k in zip(pictures, y.tolist()): picture.info['label'] = imagenet_names()[k]
         return pictures
+
+    def _check_upsampling(self, label, noise, n):
+        "Refuse a label, or one of `n` labels, and a noise that this upsampler cannot take."
+        if label is not None and not self.upsampler.num_classes: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
+        if label is not None: choose_labels(label, range(n), lambda _: None, self.upsampler.num_classes)
+        if noise is not None: check_noise(self.upsampler, noise)
 
     def _check_upsampler(self):
         if self.upsampler: return
@@ -384,6 +386,10 @@ def draw_to_folder(
     folder, (p, n) = Path(folder), share
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
+    labels = settings.get('upsampler_label')
+    each = labels is not None and not isinstance(labels, (str, numbers.Integral))
+    if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
+    if each: settings['upsampler_label'] = labels = [int(k) for k in labels]
     if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     drawn_from = _drawn_from(pipe, captions, seed, settings)
     _keep_settings(folder, drawn_from)
@@ -396,7 +402,8 @@ def draw_to_folder(
     size = batch_size or pipe.preset.sampling.get('batch_size', 8)
     with tqdm(total=len(missing), desc=folder.name, disable=not progress) as bar:
         for part in [missing[i:i + size] for i in range(0, len(missing), size)]:
-            pictures = pipe(image_embeddings=y[part], generator=[seeds[i] for i in part], batch_size=size, **settings)
+            own = {'upsampler_label': [labels[i] for i in part]} if each else {}
+            pictures = pipe(image_embeddings=y[part], generator=[seeds[i] for i in part], batch_size=size, **settings | own)
             _keep_settings(folder, drawn_from)  # another run may have come to the empty folder meanwhile
             for i, picture in zip(part, pictures):
                 with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=_label(picture))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEVEL_FEATURES', 'RELEASED_LABEL', 'Upsampler', 'condition', 'make_upsampler', 'make_upsampler_diffusion',
-           'with_low_res', 'super_resolve', 'in_tiles', 'imagenet_names', 'ZeroShot', 'choose_labels', 'crop_at',
-           'redraw', 'UpsamplerTask']
+           'with_low_res', 'check_noise', 'super_resolve', 'in_tiles', 'imagenet_names', 'ZeroShot', 'choose_labels',
+           'crop_at', 'redraw', 'UpsamplerTask']
 
 # %% ../nbs/lib/upsampler.ipynb #c1cf2e53
-import numbers
+import math, numbers
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,12 @@ def with_low_res(
     return network
 
 # %% ../nbs/lib/upsampler.ipynb #cf1f7a4c
+def check_noise(model: Upsampler, noise: float):
+    "Refuse a deviation of errors that an upsampler cannot have learned."
+    if not 0 <= noise < math.inf: raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
+    if noise and not model.embedding_size: raise ValueError(f"the upsampler's noise is {noise}, and this upsampler has not learned from noisy pictures: leave it at 0")
+
+
 def super_resolve(
     diffusion: Diffusion,
     model: Upsampler,  # in eval mode
@@ -113,7 +119,7 @@ def super_resolve(
 ) -> Tensor:  # [N, 3, S, S] in [-1, 1], on the CPU
     "Draw a large picture for each small one. The same generator draws the same picture, in a batch of any size."
     if model.training: raise ValueError("the upsampler is in training mode: call model.eval() first")
-    if noise and not model.embedding_size: raise ValueError(f"noise is {noise}, and this upsampler has not learned from noisy pictures: leave it at 0")
+    check_noise(model, noise)
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device, shape = make_generators(generator, len(low_res)), next(model.parameters()).device, (3, model.image_size, model.image_size)
     drawn = []
@@ -236,6 +242,9 @@ class UpsamplerTask(Task):
         small, large = PreparedDataset(prepared), PreparedDataset(large)
         place = {key: i for i, key in enumerate(small.keys)}
         lacking = [key for key in large.keys if key not in place]
+        if len(place) < len(small): raise ValueError(f"{len(small) - len(place)} of the {len(small)} pictures in {prepared} have a key that another one has, too, so that nobody knows which large picture is whose: prepare one source, or give the files of the sources different names")
+        size, wanted = large.shards[0]['images'].shape[1], self.model.image_size
+        if size != wanted: raise ValueError(f"the pictures in {large.paths[0].parent} have {size} pixels a side, and the upsampler of the preset draws {wanted}: prepare them in that size")
         if lacking: raise ValueError(f"{len(lacking)} pictures in {large.paths[0].parent} are not in {prepared}, such as {lacking[0]!r}: prepare both from the same source")
         return small, large, torch.tensor([place[key] for key in large.keys])
 

@@ -73,6 +73,11 @@ def test_the_text_encoder_learns_from_typed_captions(clip, monkeypatch):
     assert len(drawn) > 10 and drawn <= {tuple(t.tolist()) for t in expected}
 
 
+def test_captions_may_come_one_by_one(clip):
+    pipe = TextToImage.from_preset('smoke', 'cpu')
+    assert torch.equal(pipe.embed_captions(map(str.strip, ['a dog ', ' a cat'])), pipe.embed_captions(['a dog', 'a cat']))
+
+
 def test_what_is_looked_up_is_told(clip):
     assert clip.looked_up(['a cup of coffee', 'ravens and cats']) == {'coffee': 'hot beverage', 'ravens': 'black bird'} and clip.looked_up(['a red apple']) == {}
     assert clip.unknown_words(['draw me a coffee, please']) == [] and clip.unknown_words(['draw me a corgi']) == ['corgi']

@@ -399,3 +399,21 @@ def test_a_split_that_a_raw_shard_no_longer_has_is_gone(tmp_path):
     write_tar(raw/'0.tar', [(n, d) for n, d in members if n.split('.')[0] not in held_out])
     report = prepare(Stub(), raw, out, progress=False)
     assert set(report['splits']) == {'train'} and not list((out/'validation').glob('*.safetensors'))
+
+
+def test_what_is_still_being_written_is_not_read(tmp_path):
+    "Beside finished shards of emoji, what a kill or another process has left."
+    data.write_shards(data.load_emoji().head(20), tmp_path)
+    done, = tmp_path.glob('*.parquet')
+    shutil.copy(done, tmp_path/'.00000.parquet.abcdefgh.parquet')
+    (tmp_path/'.00001.parquet.abcdefgh.parquet').write_bytes(b'PAR1')
+    assert len(data.load_emoji(folder=tmp_path)) == 20
+
+
+def test_pictures_without_a_split_for_validation(tmp_path):
+    "`prepare` says so, and training says it again, with another remedy than to prepare the same once more."
+    data.write_shards(data.load_emoji('train').head(20), tmp_path/'raw')
+    done = CliRunner().invoke(app, ['prepare', '--preset', 'smoke', '--source', str(tmp_path/'raw'), '--out', str(tmp_path/'out'), '--device', 'cpu'])
+    assert done.exit_code == 0 and 'none of them is for validation, and training needs some' in done.output, done.output
+    with pytest.raises(FileNotFoundError, match='though the other splits do: prepare more pictures'): PreparedDataset(tmp_path/'out/validation')
+    with pytest.raises(FileNotFoundError, match='make them with `t2i prepare`'): PreparedDataset(tmp_path/'nothing/validation')

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import t2i
 from t2i.cli import app
-from t2i.core import Preset, from_uint8, load_preset, make_generators, save_weights
+from t2i.core import Preset, from_uint8, load_preset, load_weights, make_generators, save_weights
 from t2i.data import EMOJI_SETS, PreparedDataset, Statistics, draw_large, fetch_npm, load_emoji
 from t2i.decoder import training_draws
 from t2i.diffusion import Diffusion, PerfectDenoiser
-from t2i.pipeline import TextToImage
+from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.train import train
 from t2i.upsampler import UpsamplerTask, ZeroShot, choose_labels, condition, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, redraw, super_resolve, with_low_res
 
@@ -133,6 +133,20 @@ def test_pipeline_upsamples(large, pipe):
     alone, = large('a dog', generator=[2], upsample=True, upsampler_label=948)
     assert np.abs(np.asarray(alone, int) - np.asarray(together[1], int)).max() <= 2
     assert large('a dog', generator=1) == pipe('a dog', generator=1)
+
+
+@pytest.mark.parametrize('given, sentence', [(dict(upsampler_label=1000), 'label is 1000'), (dict(upsampler_label=[1, 2, 3]), 'for each of the 2 pictures'), (dict(upsampler_noise=0.1), 'has not learned from noisy pictures')])
+def test_what_the_upsampler_cannot_take_is_told_before_anything_is_drawn(large, monkeypatch, given, sentence, tmp_path):
+    monkeypatch.setattr('t2i.pipeline.decode', None)
+    with pytest.raises(ValueError, match=sentence): large(['a red apple', 'a dog'], upsample=True, **given)
+    with pytest.raises(ValueError, match=sentence): draw_to_folder(large, ['a red apple', 'a dog'], None, tmp_path/'folder', 0, upsample=True, **given)
+    assert not (tmp_path/'folder').exists()
+
+
+def test_a_folder_takes_a_label_for_each_picture(large, tmp_path):
+    y, labels = large.embed_captions(['a red apple', 'a dog', 'a cat']), np.array([436, 948, 1])
+    paths = draw_to_folder(large, ['a red apple', 'a dog', 'a cat'], lambda: y, tmp_path, 0, upsample=True, upsampler_label=labels, batch_size=2)
+    assert [Image.open(p).info['label'] for p in paths] == [imagenet_names()[k] for k in labels]
 
 
 def test_pipeline_upsamples_pictures(large):
@@ -286,6 +300,16 @@ def test_dropped_embeddings_are_zero_and_the_level_stays(own, pairs):
 def test_other_pictures_are_refused(own, pairs, tmp_path):
     save_weights(tmp_path/'train/0.safetensors', {'images': torch.zeros(1, 64, 64, 3, dtype=torch.uint8)}, {'keys': ['stranger']})
     with pytest.raises(ValueError, match="1 pictures .* are not in .* 'stranger'"): UpsamplerTask(own, pairs/'prepared', tmp_path)
+    save_weights(tmp_path/'train/0.safetensors', {'images': torch.zeros(1, 32, 32, 3, dtype=torch.uint8)}, {'keys': ['k0']})
+    with pytest.raises(ValueError, match='have 32 pixels a side, and the upsampler of the preset draws 64'): UpsamplerTask(own, pairs/'prepared', tmp_path)
+
+
+def test_pictures_whose_keys_are_not_their_own_are_refused(own, tmp_path):
+    "As of two data sets that both count from 0."
+    save_pairs(tmp_path)
+    images = load_weights(tmp_path/'prepared/train/0.safetensors', None)[0]
+    save_weights(tmp_path/'prepared/train/1.safetensors', {k: v[:2] for k, v in images.items()}, {'keys': ['k3', 'new']})
+    with pytest.raises(ValueError, match='1 of the 14 pictures in .* have a key that another one has'): UpsamplerTask(own, tmp_path/'prepared', tmp_path/'large')
 
 
 def test_own_upsampler_learns_and_goes_on(own, pairs, tmp_path):
