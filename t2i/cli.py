@@ -7,7 +7,7 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'A
            'prepare_command', 'train_stage', 'train', 'pack', 'convert', 'average', 'figures', 'build_emoji_command']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import functools, json, math, os, secrets, shutil, warnings
+import functools, json, math, os, secrets, shutil, sys, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -34,6 +34,8 @@ def _command(name=None):
         @app.command(name)
         @functools.wraps(command)
         def told(**given):
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')  # where the terminal has no "×", a question mark will do
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = functools.partial(_note, warnings.showwarning)
@@ -197,6 +199,7 @@ def _tell(report, folder):
     "What came of the pictures, and of the words of their captions, in a line each."
     lost = ', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())
     typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {report['samples'] - report['prepared']:,} pictures were skipped ({lost}), see {folder/'report.json'}" if lost else ''))
+    if not report['splits'].get('validation'): typer.echo("none of them is for validation, and training needs some: give more pictures, or a source that says which ones are", err=True)
     if unknown := report['unknown_words']: typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often {', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
 
 
@@ -285,12 +288,31 @@ def _trained(name, make, preset, runs: Path, device='cpu'):
     return path and load_checkpoint(make(preset), name, path).eval().requires_grad_(False).to(get_device(device))
 
 
-def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None) -> Path:
-    "Train one stage of a preset in the folder `runs`, from random weights or those in the folder `initial` → the path of its weights."
+def _check_keep(stage, preset, initial, prepared):
+    "Refuse to keep what nobody could."
+    if stage not in ('text', *AFTER_CLIP[:2]): raise ValueError(f"--keep is for text, translator and decoder, which learn from composed pictures: leave it out for the {stage}")
+    if not initial: raise ValueError("--keep keeps what the first weights say: name their folder with --initial")
+    if prepared or not (preset.decoder if stage == 'decoder' else preset.data).get('composed'): raise ValueError("--keep keeps all answers but those about composed pictures, and there are none: train on the emoji, with a share of `composed` in the preset")
+
+
+def _teacher(preset, stage, initial: Path, device):
+    "The network in the file `initial`, in eval mode."
+    from t2i.checkpoints import load_checkpoint
+    from t2i.clip import CLIP
+    from t2i.decoder import make_decoder
+    from t2i.translator import make_translator
+    device = get_device(device)
+    if stage == 'text': return CLIP.load(preset.clip, initial, device)
+    return load_checkpoint({'translator': make_translator, 'decoder': make_decoder}[stage](preset), stage, initial).eval().requires_grad_(False).to(device)
+
+
+def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None, keep: bool = False) -> Path:
+    "Train one stage of a preset in the folder `runs`, from random weights or those in the folder `initial`, whose answers stay as they are with `keep`, but for composed pictures → the path of its weights."
     from t2i.checkpoints import find_checkpoint
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
     initial = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
+    if keep: _check_keep(stage, preset, initial, prepared)
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
@@ -311,13 +333,13 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     elif stage == 'text':
         from t2i.clip import TextTask
         _check_text_run(runs)
-        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()})
+        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()}, teacher=_teacher(preset, stage, initial, device) if keep else None)
     elif stage == 'classifier':
         from t2i.classifier import ClassifierTask
         task = ClassifierTask(preset)
     elif stage == 'translator':
         from t2i.translator import TranslatorTask
-        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None)
+        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, _teacher(preset, stage, initial, device) if keep else None)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
         from t2i.decoder import make_decoder
@@ -327,7 +349,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
         task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
-                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None)
+                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, _teacher(preset, stage, initial, device) if keep else None)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 
 
@@ -340,6 +362,7 @@ def train(
     prepared: Optional[Path] = typer.Option(None, help='Folder that `t2i prepare` wrote; default: the one in the run, made from the emoji if it is missing.'),
     large: Optional[Path] = typer.Option(None, help='The same pictures at the size of the upsampler, prepared; default: the emoji, drawn into cache/emoji_256.'),
     initial: Optional[Path] = typer.Option(None, help='Folder of weights to start from, with a new optimiser; default: random weights. A run that goes on has its own.'),
+    keep: bool = typer.Option(False, '--keep', help='With --initial, for text, translator and decoder: its answers stay as they are, but for composed pictures.'),
     data: Optional[List[Path]] = typer.Option(None, help='Folder of your own pictures and captions: trains translator and decoder on them, from the weights that ship.'),
     scratch: bool = typer.Option(False, '--scratch', help='With --data: start from random weights.'),
     seed: int = typer.Option(0, **SEEDS, help='Of the first weights, the order of the pictures and the noise.'),
@@ -352,18 +375,21 @@ def train(
     settings = load_preset(preset)
     _check_folder(out or Path('runs')/settings.name)
     if data:
-        if stage != 'all' or prepared or initial: raise ValueError("--data trains translator and decoder on your pictures, from the weights that ship: leave out the stage, --prepared and --initial")
+        if stage != 'all' or prepared or large or initial or keep: raise ValueError("--data trains translator and decoder on your pictures, from the weights that ship: leave out the stage, --prepared, --large, --initial and --keep")
         if not out: raise ValueError("--data needs a folder for the new model: name it with --out")
         from t2i.own_data import train_on
         return typer.echo(train_on(data, out, settings, *([hours] if hours else []), scratch=scratch, seed=seed, device=device, on_prepared=lambda report: _tell(report, out/'prepared')))
     if scratch: raise ValueError("--scratch is for your own pictures: without --data, training starts from random weights unless you give --initial")
+    if keep and stage == 'all': raise ValueError("--keep is for one stage at a time: name it, such as text, translator or decoder")
+    if prepared and stage not in (*AFTER_CLIP, 'all'): raise ValueError(f"the {stage} learns from the emoji and not from {prepared}: leave --prepared out")
+    if large and stage not in ('upsampler', 'all'): raise ValueError(f"the {stage} does not learn from {large}: leave --large out")
     if prepared and stage == 'all' and 'clip' in settings.get('train', {}): raise ValueError(f"{prepared} holds embeddings of a CLIP that is there already, and 'all' would train another one first: name the stage, such as translator or decoder")
     wanted = {s: share for s, share in STAGES.items() if stage == s or stage == 'all' and s in settings.get('train', {})}
     runs, total = out or Path('runs')/settings.name, sum(wanted.values())
     for each, share in wanted.items():
         learned = _begun(runs, {'clip': ('text', *AFTER_CLIP), 'text': AFTER_CLIP}.get(each, ())) if stage == 'all' else []
         if learned: typer.echo(f"{runs/each} stays as it is, because {' and '.join(map(str, learned))} learned from it", err=True)
-        else: typer.echo(train_stage(each, settings, runs, hours and hours*share/total, seed, device, prepared, large, initial))
+        else: typer.echo(train_stage(each, settings, runs, hours and hours*share/total, seed, device, prepared, large, initial, keep))
 
 # %% ../nbs/lib/cli.ipynb #e5d1d0ac
 @_command()
@@ -389,6 +415,8 @@ def pack(
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
     statistics = (prepared or runs/'prepared')/'statistics.safetensors'
     if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
+    elif prepared: raise FileNotFoundError(f"there is no {statistics}: name the folder that the training was given with --prepared")
+    elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP): typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
     known = 'model' in settings.clip or 'weights' in settings
     if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already

@@ -71,12 +71,13 @@ def decoder_loss(
     t: Tensor,  # LongTensor [N]
     noise: Tensor,  # ~ N(0, I), [N, 3, H, W]
     drop: Tensor,  # bool [N], whose embedding is replaced by the empty condition
+    goal: 'Tensor | None' = None,  # what the network is to see, like x_0; default: x_0
     **conditions,  # what else the network is told
 ) -> dict:  # loss, simple, vlb: means over the batch
     "The loss of one training step (Algorithm 2, lines 7 to 9)."
     if not y.is_floating_point(): raise ValueError(f"the condition is {y.dtype}: the zero vector stands for none, so give embeddings [N, E], not classes")
     y = y.masked_fill(drop[:, None], 0.)
-    losses = diffusion.training_losses(model, x_0, t, noise, {'y': y} | conditions)
+    losses = diffusion.training_losses(model, x_0, t, noise, {'y': y} | conditions, goal)
     return {name: each.mean() for name, each in losses.items()}
 
 # %% ../nbs/03_decoder.ipynb #8c13666d
@@ -161,8 +162,9 @@ class DecoderTask(Task):
         translator=None,  # standardised text embeddings → image embeddings; with it, samples are drawn from captions as well, if there are any
         clip=None,  # embeds the pictures that the preset's `augment` changes; without it none is
         composed=None,  # such a folder of composed pictures, of which training takes the preset's share
+        teacher=None,  # a decoder in eval mode, whose answers stay as they are, but for composed pictures
     ):
-        self.preset, self.clip, prepared = load_preset(preset), clip, Path(prepared)
+        self.preset, self.clip, self.teacher, prepared = load_preset(preset), clip, teacher, Path(prepared)
         self.composed = PreparedDataset(Path(composed)/'train') if composed else None
         self.data, self.held_out = (PreparedDataset(prepared/split).check(self.preset.clip.embedding_size, self.preset.data.image_size) for split in ('train', 'validation'))
         self.translator = translator if all('text_embeddings' in shard for shard in self.held_out.shards) else None
@@ -176,21 +178,41 @@ class DecoderTask(Task):
         "Images [N, 3, H, W] and their standardised embeddings [N, E]."
         return from_uint8(data.images(indices)), self.statistics.image.standardize(data.image_embeddings(indices))
 
+    def captioned(self, indices, generators):
+        "Own examples, and which of them have the embedding that the translator expects for a caption in the place of the picture's, bool [N]: with a teacher a third."
+        x_0, y = self.examples(self.data, indices)
+        told = rand(generators) < (1/3 if self.teacher and self.translator else 0)
+        if told.any():
+            text = self.data.text_embeddings(indices[told])
+            text = text[torch.arange(len(text)), randint(text.shape[1], [g for g, use in zip(generators, told) if use])]
+            with torch.no_grad(): y[told] = self.translator(self.statistics.text.standardize(text))
+        return x_0, y, told
+
     def batch(self, indices, generators):
-        others = [(self.preset.decoder.composed, len(self.composed), lambda i, _: self.examples(self.composed, i))] if self.composed else []
-        x_0, y = mixed(indices, generators, lambda i, _: self.examples(self.data, i), others)
+        others = [(self.preset.decoder.composed, len(self.composed), lambda i, _: (*self.examples(self.composed, i), torch.zeros(len(i), dtype=torch.bool)))] if self.composed else []
+        x_0, y, told, which = mixed(indices, generators, self.captioned, others)
         if mirror := self.preset.decoder.get('mirror'): x_0 = torch.where((rand(generators) < mirror)[:, None, None, None], x_0.flip(3), x_0)
         share = self.preset.decoder.get('augment', 0) if self.clip else 0
-        return x_0, y, draw_augmentation(share, generators), *training_draws(self.diffusion, x_0, self.preset.decoder.drop, generators)
+        changes = draw_augmentation(share, generators).masked_fill(told[:, None], 0.)
+        return x_0, y, which == len(others), told, changes, *training_draws(self.diffusion, x_0, self.preset.decoder.drop, generators)
 
     def loss(self, model, batch):
-        x_0, y, changes, *draws = batch
+        x_0, y, own, told, changes, *draws = batch
         diffusion = self.diffusion if self.used < self.finishes_at else self.finish
-        if not self.preset.decoder.get('augment'): return decoder_loss(diffusion, model, x_0, y, *draws)
-        if self.clip:
+        conditions = {'augmentation': augmentation_numbers(changes)} if self.preset.decoder.get('augment') else {}
+        if self.clip and conditions:
             x_0 = augmented(x_0, changes)
-            with torch.no_grad(): y = self.statistics.image.standardize(self.clip.encode_pixels(x_0).float())
-        return decoder_loss(diffusion, model, x_0, y, *draws, augmentation=augmentation_numbers(changes))
+            with torch.no_grad(): y = torch.where(told[:, None], y, self.statistics.image.standardize(self.clip.encode_pixels(x_0).float()))
+        goal = self.taught(diffusion, x_0, y, own, *draws, **conditions) if self.teacher else None
+        return decoder_loss(diffusion, model, x_0, y, *draws, goal, **conditions)
+
+    @torch.no_grad()
+    def taught(self, diffusion, x_0, y, own, t, noise, drop, **conditions):
+        "What the teacher sees in the latents of own pictures, and the composed ones as they are."
+        x_t, i, goal = diffusion.q_sample(x_0, t, noise), own.nonzero()[:, 0], x_0.clone()
+        conditions = {k: v[i] for k, v in {'y': y.masked_fill(drop[:, None], 0.), **conditions}.items()}
+        goal[i] = diffusion.denoiser(self.teacher, **conditions)(x_t[i], t[i])[0].to(goal)
+        return goal
 
     def validate(self, model, n=256):
         "The loss on held-out pictures, always with the same noise."

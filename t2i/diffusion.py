@@ -314,19 +314,22 @@ def training_losses(
     t: Tensor,  # LongTensor [N]
     noise: Tensor,  # ~ N(0, I), [N, C, H, W]
     model_kwargs: 'dict | None' = None,  # such as the condition, {'y': [N, E]}
+    goal: 'Tensor | None' = None,  # what the network is to see in x_t, like x_0; default: x_0
 ) -> dict:  # loss, simple, vlb, each [N]; simple is unweighted, vlb in bits per dimension
     "L_hybrid (3.17) of each image and its two parts, the squared error (3.15) and one term of the bound. A `ValueError` for a process that expects errors, which tells the network other timesteps."
     _check_trained(self)
     x_t, channels = self.q_sample(x_0, t, noise), x_0.shape[1]
     output = model(x_t, self.network_timesteps(t), **(model_kwargs or {})).to(x_0.dtype)
-    target = {'eps': noise, 'v': self.velocity(x_0, t, noise), 'x0': x_0}[self.target]
+    if goal is None: goal = x_0
+    else: noise = self.eps_from_x0(x_t, t, goal)
+    target = {'eps': noise, 'v': self.velocity(goal, t, noise), 'x0': goal}[self.target]
     simple = mean_flat((output[:, :channels] - target)**2)
     predicted, log_variance = self.interpret(output, x_t, t)
     vlb = self.vlb_terms(predicted.detach(), log_variance, x_0, x_t, t)
     loss = simple
     if self.snr_range:
         snr = self.at('snr', t, simple)
-        if self.robust: loss = mean_flat(self.robust_error(predicted, x_0, t))
+        if self.robust: loss = mean_flat(self.robust_error(predicted, goal, t))
         else: loss = loss/{'eps': snr, 'v': snr + 1, 'x0': torch.ones_like(snr)}[self.target]
         loss = loss*snr.clamp(*self.snr_range)
     if output.shape[1] > channels: loss = loss + self.vlb_weight*self.timesteps*vlb

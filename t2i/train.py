@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 try: import fcntl
 except ImportError: fcntl = None  # Windows has locks of its own
 
-from .core import atomic_path, compiles, enough_memory, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, randint, save_json, save_weights
+from .core import atomic_path, compiles, enough_memory, get_device, uses_bfloat16, load_into, load_weights, make_generators, process_state, rand, randint, save_json, save_weights
 
 # %% ../nbs/lib/train.ipynb #f3c71a26
 class Task:
@@ -62,15 +62,20 @@ def mixed(
     draw,  # function (indices, generators) → tensors of own examples
     others: list,  # (share of the batch, number of examples, function as `draw`) for each other data set
 ) -> tuple:
-    "Tensors [N, …] of a batch: the shares of the others first, then own examples."
-    if sum(share for share, *_ in others) > 1: raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
-    parts, first = [], 0
-    for share, n, draw_other in others:
-        mine = generators[first:first + round(share*len(indices))]
-        first += len(mine)
-        if mine: parts.append(draw_other(randint(n, mine), mine))
-    if first < len(indices): parts.append(draw(indices[first:], generators[first:]))
-    return tuple(torch.cat(values) for values in zip(*parts))
+    "Tensors [N, …] of a batch, and where each example is from, LongTensor [N]: the one at its index, len(others), or with the chance of a data set's share one of that, its number. Its own generator decides."
+    shares = torch.tensor([share for share, *_ in others], dtype=torch.float64)
+    if shares.sum() > 1 + 1e-9: raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
+    if not shares.any(): return *draw(indices, generators), torch.full((len(indices),), len(others))
+    edges = shares.cumsum(0)
+    if edges[-1] > 1 - 1e-9: edges[-1] = math.inf  # nothing is left for the task's own
+    which, parts, places = torch.bucketize(rand(generators).double(), edges, right=True), [], []
+    for k in which.unique().tolist():
+        place = (which == k).nonzero()[:, 0]
+        mine = [generators[i] for i in place]
+        parts.append(draw(indices[place], mine) if k == len(others) else others[k][2](randint(others[k][1], mine), mine))
+        places.append(place)
+    order = torch.cat(places).argsort()
+    return *(torch.cat(values)[order] for values in zip(*parts)), which
 
 # %% ../nbs/lib/train.ipynb #a8e9292a
 def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear', final: float = 0.) -> float:
@@ -380,8 +385,10 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        stopped_early = self.c.patience and self.since_best >= self.c.patience
-        return self.step >= self.c.steps or bool(self.hours and self.elapsed >= self.hours*3600) or bool(stopped_early)
+        return self.step >= self.c.steps or bool(self.hours and self.elapsed >= self.hours*3600) or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool: return bool(self.c.patience) and self.since_best >= self.c.patience
 
     def draw_batch(self, step) -> tuple:
         "This process's share of the examples of a step, in pieces, and a seed for the dropout."
@@ -515,7 +522,8 @@ class _Run:
         with self.alone(): return self.train()
 
     def train(self) -> Path:
-        if self.finished and self.main: print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to train; give more, or name another folder")
+        if self.stopped_early and self.main: print(f"{self.out} stopped early ({self.step:,} steps), after {self.since_best} validations without a better one: nothing is left to train; raise patience in the [train.…] section of its preset, or name another folder")
+        elif self.finished and self.main: print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to train; give more, or name another folder")
         if self.main:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
         rows = Log.read(self.out/'log.csv')

@@ -102,8 +102,9 @@ class TranslatorTask(Task):
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote
         invented=None,  # {'recoloured': folder, 'composed': folder}: such folders of pictures that nobody drew, of which training takes the preset's shares
+        teacher=None,  # a translator in eval mode, whose answers stay as they are, but for composed pictures
     ):
-        self.preset, prepared = load_preset(preset), Path(prepared)
+        self.preset, self.teacher, prepared = load_preset(preset), teacher, Path(prepared)
         self.invented = {name: PreparedDataset(Path(folder)/'train', captions=True) for name, folder in (invented or {}).items()}
         self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size) for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
@@ -120,7 +121,11 @@ class TranslatorTask(Task):
         def draw(data, indices, generators): return self.pairs(data, indices, randint(data.captions_per_image, generators))
         return mixed(indices, generators, partial(draw, self.data), [(self.preset.data[name], len(data), partial(draw, data)) for name, data in self.invented.items()])
 
-    def loss(self, model, batch): return {'loss': translator_loss(model, *batch)}
+    def loss(self, model, batch):
+        text, image, which = batch
+        if self.teacher:
+            with torch.no_grad(): image = torch.where((which == [*self.invented].index('composed'))[:, None], image, self.teacher(text))
+        return {'loss': translator_loss(model, text, image)}
 
     @cached_property
     def held_out_pairs(self):

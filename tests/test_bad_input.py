@@ -264,6 +264,38 @@ def test_what_was_packed_draws(shards, tmp_path, monkeypatch, generate):
     assert generate('a red apple', '--folder', tmp_path/'packed').exit_code == 0
 
 
+def test_packing_without_statistics(shards, tmp_path, monkeypatch, generate):
+    "They lie where the pictures were prepared."
+    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    prepare(CLIP.from_preset('smoke', 'cpu'), shards[0], tmp_path/'elsewhere', progress=False)
+    assert shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/'run', '--prepared', tmp_path/'elsewhere').exit_code == 0
+    pack = ['pack', '--preset', 'smoke', '--runs', tmp_path/'run', '--out', tmp_path/'packed']
+    done = shell(*pack)
+    assert done.exit_code == 0 and 'packed has no statistics yet, and nothing can be drawn without: name the folder' in done.output, done.output
+    says(shell(*pack, '--prepared', tmp_path/'elsewere'), 'there is no', 'elsewere', '--prepared')
+    done = shell(*pack, '--prepared', tmp_path/'elsewhere')
+    assert done.exit_code == 0 and 'no statistics' not in done.output and (tmp_path/'packed/statistics.safetensors').exists(), done.output
+
+
+@pytest.mark.parametrize('words, sentence', [
+    ('classifier --prepared X', 'the classifier learns from the emoji and not from'), ('clip --prepared X', 'leave --prepared out'), ('text --prepared X', 'leave --prepared out'),
+    ('decoder --large X', 'the decoder does not learn from'), ('--keep', 'one stage at a time'), ('clip --keep --initial X', '--keep is for text, translator and decoder'),
+    ('decoder --keep', 'name their folder with --initial'), ('translator --keep --initial X --prepared X', 'there are none')])
+def test_options_that_would_change_nothing(words, sentence, weights, tmp_path):
+    assert weights.is_dir()
+    says(shell('train', '--preset', 'smoke', '--out', tmp_path/'run', *(weights if w == 'X' else w for w in words.split())), sentence)
+
+
+def test_a_terminal_without_a_sign(monkeypatch, tmp_path):
+    "Where its code page lacks one that a sentence has, a question mark will do."
+    out = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(out, 'cp1251'))
+    monkeypatch.setattr('sys.stderr', io.TextIOWrapper(io.BytesIO(), 'cp1251'))
+    with pytest.raises(SystemExit): app(['convert', str(tmp_path/'no 3 × 3.pt'), str(tmp_path/'x.safetensors')])
+    print('3 × 3', flush=True)
+    assert out.getvalue() == b'3 ? 3\n'
+
+
 def test_packing_a_preset_without_a_place_for_weights(tmp_path):
     says(shell('pack', '--preset', 'thesis', '--runs', tmp_path), "'thesis'", '--out')
 

@@ -317,7 +317,8 @@ def test_a_training_that_stops_early_is_over(tmp_path, capsys):
     best = train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes()
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 15
     assert train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes() == best
-    assert 'nothing is left to train' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert 'stopped early (15 steps), after 2 validations without a better one: nothing is left to train; raise patience' in told and 'give more' not in told
 
 
 def test_validation_may_be_more_frequent_than_the_log(tmp_path):
@@ -509,7 +510,7 @@ def test_embeddings_of_changed_pictures_are_standardised(tmp_path):
 
 def test_the_translator_learns_from_every_caption(tmp_path):
     task = TranslatorTask(PRESET, prepared(tmp_path))
-    drawn, _ = task.batch(torch.zeros(40, dtype=torch.long), make_generators(0, 40))
+    drawn, *_ = task.batch(torch.zeros(40, dtype=torch.long), make_generators(0, 40))
     assert all(10 < (drawn == each).all(1).sum() < 30 for each in task.data.text_embeddings([0])[0])
 
 
