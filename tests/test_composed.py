@@ -113,6 +113,15 @@ def test_every_stage_takes_its_share(few, tmp_path):
     known = {tuple(t.tolist()) for t in task.invented['composed'].tokens.flatten(0, 1)}
     _, tokens, which = task.batch(torch.arange(8), generators)
     assert 0 < which.sum() < 8 and [tuple(t.tolist()) in known for t in tokens] == (which == 0).tolist()
+    taught = TextTask(CLIP.from_preset('emoji', 'cpu'), preset, {'composed': few}, teacher=task.clip)
+    batch = taught.batch(torch.arange(8), generators)
+    assert taught.loss(taught.model, batch)['kept'].item() == pytest.approx(0, abs=1e-5)
+    torch.nn.init.normal_(taught.model.text_projection)
+    losses = taught.loss(taught.model, batch)
+    own = batch[1][batch[2] == 1]
+    cosine = torch.cosine_similarity(taught.model.encode_text(own), task.model.encode_text(own)).mean()
+    assert 0 < (batch[2] == 0).sum() < 8 and losses['kept'].item() == pytest.approx(1 - cosine.item(), abs=1e-4) and losses['kept'] > 0.1
+    assert losses['loss'].item() == pytest.approx((TextTask.contrasted(taught, taught.model(*batch[:2]))['loss'] + 20*losses['kept']).item(), rel=1e-4)
     made = PreparedDataset('run/composed/train')
     task = DecoderTask(preset, 'run/prepared', composed='run/composed')
     x, y, own, *_ = task.batch(torch.arange(8), generators)
