@@ -198,6 +198,13 @@ def test_sigterm_while_the_log_is_written(tmp_path, monkeypatch):
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 5
 
 
+def test_a_run_that_goes_on_remembers_how_low_its_loss_was(tmp_path):
+    class Worse(Line):
+        def loss(self, model, batch): return {'loss': 1e6*super().loss(model, batch)['loss']}
+    train(Line(), LINE | {'steps': 20}, tmp_path, device='cpu', progress=False)
+    with pytest.raises(FloatingPointError, match='the loss rose from'): train(Worse(), LINE, tmp_path, device='cpu', progress=False)
+
+
 def test_ctrl_c_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
     "The first one is heard after the step, and what was done is kept; whoever cannot wait asks twice."
     class Interrupted(Line):
