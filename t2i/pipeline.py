@@ -261,6 +261,7 @@ class TextToImage:
         "PIL pictures, enlarged by the upsampler; with classes, `picture.info['label']` is the name of the one that it took each for."
         self._check_upsampler()
         images, size = pil_pictures(images), self.preset.data.image_size
+        self._check_upsampling(label, noise, len(images))
         x, y = to_tensor(images, size), None
         if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
         if y is not None and len(y) != len(x): raise ValueError(f"{len(y)} image_embeddings were given for {len(x)} pictures: give one for each")
@@ -276,7 +277,6 @@ class TextToImage:
         "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
         settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
         size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
-        self._check_upsampling(label, noise, len(x))
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
         noise = settings.get('noise', 0.) if noise is None else noise
         def enlarge(x, y, generators):
@@ -297,7 +297,7 @@ class TextToImage:
         return pictures
 
     def _check_upsampling(self, label, noise, n):
-        "Refuse a label, or one of `n` labels, and a noise that this upsampler cannot take."
+        "Refuse a label, or labels for `n` pictures, and a noise that this upsampler cannot take."
         if label is not None and not self.upsampler.num_classes: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
         if label is not None: choose_labels(label, range(n), lambda _: None, self.upsampler.num_classes)
         if noise is not None: check_noise(self.upsampler, noise)
@@ -358,7 +358,7 @@ def _keep_settings(folder: Path, new: dict):
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = ({k: v for k, v in flat(d | {'captions': dict(enumerate(d['captions'][:n]))}).items() if not isinstance(v, dict)} for d in (old, new))
+    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels') if k in d}).items() if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if there.get(k) != asked.get(k)), None)
     if wrong: raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): name another folder, or delete this one")
     if len(new['captions']) > n: save_json(path, new)
@@ -389,9 +389,9 @@ def draw_to_folder(
     labels = settings.get('upsampler_label')
     each = labels is not None and not isinstance(labels, (str, numbers.Integral))
     if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
-    if each: settings['upsampler_label'] = labels = [int(k) for k in labels]
+    if each: labels = [int(k) for k in settings.pop('upsampler_label')]
     if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
-    drawn_from = _drawn_from(pipe, captions, seed, settings)
+    drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {})
     _keep_settings(folder, drawn_from)
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]

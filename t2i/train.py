@@ -60,15 +60,13 @@ def mixed(
     indices,  # int64 [N], of the task's own examples
     generators: list,  # one for each example
     draw,  # function (indices, generators) → tensors of own examples
-    others: list,  # (share of the batch, number of examples, function as `draw`) for each other data set
+    others: list,  # (chance of an example, number of examples, function as `draw`) for each other data set
 ) -> tuple:
-    "Tensors [N, …] of a batch, and where each example is from, LongTensor [N]: the one at its index, len(others), or with the chance of a data set's share one of that, its number. Its own generator decides."
+    "Tensors [N, …] of a batch, and where each example is from, LongTensor [N]: k for `others[k]`, which its own generator decides with that data set's chance, or len(others) for the task's own at its index. A `ValueError` if the chances add up to more than 1."
     shares = torch.tensor([share for share, *_ in others], dtype=torch.float64)
     if shares.sum() > 1 + 1e-9: raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
     if not shares.any(): return *draw(indices, generators), torch.full((len(indices),), len(others))
-    edges = shares.cumsum(0)
-    if edges[-1] > 1 - 1e-9: edges[-1] = math.inf  # nothing is left for the task's own
-    which, parts, places = torch.bucketize(rand(generators).double(), edges, right=True), [], []
+    which, parts, places = torch.bucketize(rand(generators).double(), shares.cumsum(0), right=True), [], []
     for k in which.unique().tolist():
         place = (which == k).nonzero()[:, 0]
         mine = [generators[i] for i in place]

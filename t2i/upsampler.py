@@ -100,7 +100,7 @@ def with_low_res(
 
 # %% ../nbs/lib/upsampler.ipynb #cf1f7a4c
 def check_noise(model: Upsampler, noise: float):
-    "Refuse a deviation of errors that an upsampler cannot have learned."
+    "A `ValueError` for a deviation that is negative or not finite, or not 0 where the upsampler has not learned from noisy pictures."
     if not 0 <= noise < math.inf: raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
     if noise and not model.embedding_size: raise ValueError(f"the upsampler's noise is {noise}, and this upsampler has not learned from noisy pictures: leave it at 0")
 
@@ -242,7 +242,8 @@ class UpsamplerTask(Task):
         small, large = PreparedDataset(prepared), PreparedDataset(large)
         place = {key: i for i, key in enumerate(small.keys)}
         lacking = [key for key in large.keys if key not in place]
-        if len(place) < len(small): raise ValueError(f"{len(small) - len(place)} of the {len(small)} pictures in {prepared} have a key that another one has, too, so that nobody knows which large picture is whose: prepare one source, or give the files of the sources different names")
+        for folder, keys in ((prepared, small.keys), (large.paths[0].parent, large.keys)):
+            if repeated := len(keys) - len({*keys}): raise ValueError(f"{repeated} of the {len(keys)} pictures in {folder} have a key that another one has, too, so that nobody knows which large picture is whose: prepare one source, or give the files of the sources different names")
         size, wanted = large.shards[0]['images'].shape[1], self.model.image_size
         if size != wanted: raise ValueError(f"the pictures in {large.paths[0].parent} have {size} pixels a side, and the upsampler of the preset draws {wanted}: prepare them in that size")
         if lacking: raise ValueError(f"{len(lacking)} pictures in {large.paths[0].parent} are not in {prepared}, such as {lacking[0]!r}: prepare both from the same source")

@@ -144,9 +144,12 @@ def test_what_the_upsampler_cannot_take_is_told_before_anything_is_drawn(large, 
 
 
 def test_a_folder_takes_a_label_for_each_picture(large, tmp_path):
-    y, labels = large.embed_captions(['a red apple', 'a dog', 'a cat']), np.array([436, 948, 1])
-    paths = draw_to_folder(large, ['a red apple', 'a dog', 'a cat'], lambda: y, tmp_path, 0, upsample=True, upsampler_label=labels, batch_size=2)
-    assert [Image.open(p).info['label'] for p in paths] == [imagenet_names()[k] for k in labels]
+    captions, labels = ['a red apple', 'a dog', 'a cat', 'a car'], np.array([436, 948, 1, 2])
+    y = large.embed_captions(captions)
+    def draw(n, labels=labels): return draw_to_folder(large, captions[:n], lambda: y[:n], tmp_path, 0, upsample=True, upsampler_label=labels[:n], batch_size=2)
+    assert [Image.open(p).info['label'] for p in draw(3)] == [imagenet_names()[k] for k in labels[:3]]
+    assert len(draw(4)) == 4 and len(draw(2)) == 2  # it goes on, with more captions or fewer
+    with pytest.raises(ValueError, match='labels.1 is 948 there and 7 now'): draw(4, [436, 7, 1, 2])
 
 
 def test_pipeline_upsamples_pictures(large):
@@ -309,7 +312,10 @@ def test_pictures_whose_keys_are_not_their_own_are_refused(own, tmp_path):
     save_pairs(tmp_path)
     images = load_weights(tmp_path/'prepared/train/0.safetensors', None)[0]
     save_weights(tmp_path/'prepared/train/1.safetensors', {k: v[:2] for k, v in images.items()}, {'keys': ['k3', 'new']})
-    with pytest.raises(ValueError, match='1 of the 14 pictures in .* have a key that another one has'): UpsamplerTask(own, tmp_path/'prepared', tmp_path/'large')
+    with pytest.raises(ValueError, match='1 of the 14 pictures in .*prepared/train have a key that another one has'): UpsamplerTask(own, tmp_path/'prepared', tmp_path/'large')
+    (tmp_path/'prepared/train/1.safetensors').unlink()
+    save_weights(tmp_path/'large/train/1.safetensors', {'images': torch.zeros(1, 64, 64, 3, dtype=torch.uint8)}, {'keys': ['k3']})
+    with pytest.raises(ValueError, match='1 of the 13 pictures in .*large/train have a key that another one has'): UpsamplerTask(own, tmp_path/'prepared', tmp_path/'large')
 
 
 def test_own_upsampler_learns_and_goes_on(own, pairs, tmp_path):
