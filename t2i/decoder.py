@@ -179,7 +179,7 @@ class DecoderTask(Task):
         return from_uint8(data.images(indices)), self.statistics.image.standardize(data.image_embeddings(indices))
 
     def captioned(self, indices, generators):
-        "Own examples, and which of them have the embedding that the translator expects for a caption in the place of the picture's, bool [N]: with a teacher a third."
+        "Own examples, and which of them have the embedding that the translator expects for a caption in the place of the picture's, bool [N]: with a teacher a third, so that it teaches what it draws from captions too."
         x_0, y = self.examples(self.data, indices)
         told = rand(generators) < (1/3 if self.teacher and self.translator else 0)
         if told.any():
@@ -209,6 +209,7 @@ class DecoderTask(Task):
     @torch.no_grad()
     def taught(self, diffusion, x_0, y, own, t, noise, drop, **conditions):
         "What the teacher sees in the latents of own pictures, and the composed ones as they are."
+        if not own.any(): return x_0
         x_t, i, goal = diffusion.q_sample(x_0, t, noise), own.nonzero()[:, 0], x_0.clone()
         conditions = {k: v[i] for k, v in {'y': y.masked_fill(drop[:, None], 0.), **conditions}.items()}
         goal[i] = diffusion.denoiser(self.teacher, **conditions)(x_t[i], t[i])[0].to(goal)

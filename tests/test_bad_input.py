@@ -280,7 +280,7 @@ def test_packing_without_statistics(shards, tmp_path, monkeypatch, generate):
 @pytest.mark.parametrize('words, sentence', [
     ('classifier --prepared X', 'the classifier learns from the emoji and not from'), ('clip --prepared X', 'leave --prepared out'), ('text --prepared X', 'leave --prepared out'),
     ('decoder --large X', 'the decoder does not learn from'), ('--keep', 'one stage at a time'), ('clip --keep --initial X', '--keep is for text, translator and decoder'),
-    ('decoder --keep', 'name their folder with --initial'), ('translator --keep --initial X --prepared X', 'there are none')])
+    ('decoder --keep', 'name their folder with --initial'), ('translator --keep --initial X', 'there are none'), ('decoder --preset emoji --keep --initial X --prepared X', 'there are none')])
 def test_options_that_would_change_nothing(words, sentence, weights, tmp_path):
     assert weights.is_dir()
     says(shell('train', '--preset', 'smoke', '--out', tmp_path/'run', *(weights if w == 'X' else w for w in words.split())), sentence)

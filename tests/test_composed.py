@@ -118,6 +118,7 @@ def test_every_stage_takes_its_share(few, tmp_path):
     assert taught.loss(taught.model, batch)['kept'].item() == pytest.approx(0, abs=1e-5)
     torch.nn.init.normal_(taught.model.text_projection)
     losses = taught.loss(taught.model, batch)
+    assert taught.loss(taught.model, [*batch[:2], torch.zeros(8, dtype=torch.long)])['kept'] == 0  # none but composed pictures
     own = batch[1][batch[2] == 1]
     cosine = torch.cosine_similarity(taught.model.encode_text(own), task.model.encode_text(own)).mean()
     assert 0 < (batch[2] == 0).sum() < 8 and losses['kept'].item() == pytest.approx(1 - cosine.item(), abs=1e-4) and losses['kept'] > 0.1
