@@ -422,11 +422,6 @@ def test_numbers_that_are_not_finite(pipe, generate, scale, tmp_path):
     assert not (tmp_path/'s').exists()
 
 
-@pytest.mark.parametrize('noise', [math.nan, math.inf, -0.1])
-def test_noise_of_the_upsampler(pipe, noise):
-    with pytest.raises(ValueError, match=f'noise is {noise}.*0 or more'): pipe('a', upsampler_noise=noise)
-
-
 def test_pictures_at_once(pipe):
     with pytest.raises(ValueError, match='batch_size is 0'): pipe('a', batch_size=0)
 

@@ -1,5 +1,6 @@
 """The 64→256 upsamplers: the published names and shapes, what a picture depends on, labels, and the training of our own."""
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_pipeline_upsamples(large, pipe):
     assert large('a dog', generator=1) == pipe('a dog', generator=1)
 
 
-@pytest.mark.parametrize('given, sentence', [(dict(upsampler_label=1000), 'label is 1000'), (dict(upsampler_label=[1, 2, 3]), 'for each of the 2 pictures'), (dict(upsampler_noise=0.1), 'has not learned from noisy pictures')])
+@pytest.mark.parametrize('given, sentence', [(dict(upsampler_label=1000), 'label is 1000'), (dict(upsampler_label=[1, 2, 3]), 'for each of the 2 pictures'), (dict(upsampler_noise=0.1), 'has not learned from noisy pictures'),
+                                             *((dict(upsampler_noise=n), f'noise is {n}.*0 or more') for n in (math.nan, math.inf, -0.1))])
 def test_what_the_upsampler_cannot_take_is_told_before_anything_is_drawn(large, monkeypatch, given, sentence, tmp_path):
     monkeypatch.setattr('t2i.pipeline.decode', None)
     with pytest.raises(ValueError, match=sentence): large(['a red apple', 'a dog'], upsample=True, **given)
