@@ -313,6 +313,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
     initial = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
     if keep: _check_keep(stage, preset, initial, prepared)
+    teacher = _teacher(preset, stage, initial, device) if keep else None
     if stage == 'upsampler':
         from t2i.data import draw_large
         size = preset.upsampler.image_size
@@ -333,13 +334,13 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     elif stage == 'text':
         from t2i.clip import TextTask
         _check_text_run(runs)
-        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()}, teacher=_teacher(preset, stage, initial, device) if keep else None)
+        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()}, teacher=teacher)
     elif stage == 'classifier':
         from t2i.classifier import ClassifierTask
         task = ClassifierTask(preset)
     elif stage == 'translator':
         from t2i.translator import TranslatorTask
-        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, _teacher(preset, stage, initial, device) if keep else None)
+        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, teacher)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
         from t2i.decoder import make_decoder
@@ -349,7 +350,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         from t2i.decoder import DecoderTask
         from t2i.translator import make_translator
         task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
-                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, _teacher(preset, stage, initial, device) if keep else None)
+                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, teacher)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 
 
