@@ -284,7 +284,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def from_uint8(images) -> torch.Tensor:
     "uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1]."
-    return torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2).float()/127.5 - 1
+    return torch.as_tensor(images if isinstance(images, torch.Tensor) else np.asarray(images)).permute(0, 3, 1, 2).float()/127.5 - 1
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

@@ -167,9 +167,10 @@ def rasterise(svg: str, size: int) -> Image.Image:
     return square(Image.open(io.BytesIO(png)), size)
 
 
-def webp(image: Image.Image) -> bytes:
+def webp(image: Image.Image, effort: int = 4) -> bytes:
+    "A picture without loss; with an effort of 0 a third larger, and eight times as fast."
     buffer = io.BytesIO()
-    image.save(buffer, 'WEBP', lossless=True, quality=100, method=4)
+    image.save(buffer, 'WEBP', lossless=True, quality=100 if effort else 0, method=effort)
     return buffer.getvalue()
 
 
@@ -443,7 +444,7 @@ def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
                 row = part.iloc[i]
                 keywords = [coloured(k, colour) for k in row.keywords if not is_test_keyword(row.concept, k)]
                 captions = emoji_captions(coloured(row['name'], colour), row['style'], row.concept, [k for k in keywords if k])
-                rows.append({**row, 'key': f'{row.key}/{colour}', 'image': webp(Image.fromarray(image)), 'name': coloured(row['name'], colour), 'colour': colour,
+                rows.append({**row, 'key': f'{row.key}/{colour}', 'image': webp(Image.fromarray(image), 0), 'name': coloured(row['name'], colour), 'colour': colour,
                              'captions': captions, 'caption': captions[0]})
     return pd.DataFrame(rows, columns=[*table.columns, 'colour'])
 

@@ -175,29 +175,31 @@ class DecoderTask(Task):
     def __len__(self): return len(self.data)
 
     def examples(self, data, indices):
-        "Images [N, 3, H, W] and their standardised embeddings [N, E]."
-        return from_uint8(data.images(indices)), self.statistics.image.standardize(data.image_embeddings(indices))
+        "Images uint8 [N, H, W, 3] and their standardised embeddings [N, E]."
+        return data.images(indices), self.statistics.image.standardize(data.image_embeddings(indices))
 
     def captioned(self, indices, generators):
         "Own examples, and which of them have the embedding that the translator expects for a caption in the place of the picture's, bool [N]: with a teacher a third, so that it teaches what it draws from captions too."
-        x_0, y = self.examples(self.data, indices)
+        images, y = self.examples(self.data, indices)
         told = rand(generators) < (1/3 if self.teacher and self.translator else 0)
         if told.any():
             text = self.data.text_embeddings(indices[told])
             text = text[torch.arange(len(text)), randint(text.shape[1], [g for g, use in zip(generators, told) if use])]
             with torch.no_grad(): y[told] = self.translator(self.statistics.text.standardize(text))
-        return x_0, y, told
+        return images, y, told
 
     def batch(self, indices, generators):
         others = [(self.preset.decoder.composed, len(self.composed), lambda i, _: (*self.examples(self.composed, i), torch.zeros(len(i), dtype=torch.bool)))] if self.composed else []
-        x_0, y, told, which = mixed(indices, generators, self.captioned, others)
-        if mirror := self.preset.decoder.get('mirror'): x_0 = torch.where((rand(generators) < mirror)[:, None, None, None], x_0.flip(3), x_0)
+        images, y, told, which = mixed(indices, generators, self.captioned, others)
+        if mirror := self.preset.decoder.get('mirror'): images = torch.where((rand(generators) < mirror)[:, None, None, None], images.flip(2), images)
         share = self.preset.decoder.get('augment', 0) if self.clip else 0
         changes = draw_augmentation(share, generators).masked_fill(told[:, None], 0.)
-        return x_0, y, which == len(others), told, changes, *training_draws(self.diffusion, x_0, self.preset.decoder.drop, generators)
+        return images, y, which == len(others), told, changes, *training_draws(self.diffusion, from_uint8(images[:, :0] if self.gpu else images), self.preset.decoder.drop, generators)
 
     def loss(self, model, batch):
-        x_0, y, own, told, changes, *draws = batch
+        images, y, own, told, changes, t, noise, drop = batch
+        x_0 = from_uint8(images)
+        draws = t, noise if noise.numel() else torch.randn_like(x_0), drop  # a GPU draws the noise itself, as it draws dropout
         diffusion = self.diffusion if self.used < self.finishes_at else self.finish
         conditions = {'augmentation': augmentation_numbers(changes)} if self.preset.decoder.get('augment') else {}
         if self.clip and conditions:
@@ -217,7 +219,8 @@ class DecoderTask(Task):
 
     def validate(self, model, n=256):
         "The loss on held-out pictures, always with the same noise."
-        x_0, y = self.examples(self.held_out, torch.arange(min(n, len(self.held_out))))
+        images, y = self.examples(self.held_out, torch.arange(min(n, len(self.held_out))))
+        x_0 = from_uint8(images)
         draws = training_draws(self.diffusion, x_0, 0., 0)
         device, parts = next(model.parameters()).device, []
         for part in zip(*(v.split(64) for v in (x_0, y, *draws))):
@@ -229,12 +232,12 @@ class DecoderTask(Task):
         "Held-out pictures, always the same, above what the decoder makes of their embeddings and, with a translator, of their captions."
         from t2i.plots import image_grid
         indices, s = torch.arange(min(n, len(self.held_out))), self.preset.sampling
-        x_0, y = self.examples(self.held_out, indices)
+        images, y = self.examples(self.held_out, indices)
         rows = [y]
         if self.translator: rows.append(self.translator(self.statistics.text.standardize(self.held_out.text_embeddings(indices)[:, 0])))
         process = make_diffusion(self.preset, sampling=True)
         drawn = [decode(process, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding, percentile=s.percentile).cpu() for row in rows]
-        return image_grid(torch.cat([x_0, *drawn]), columns=len(x_0))
+        return image_grid(torch.cat([from_uint8(images), *drawn]), columns=len(images))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'target': self.diffusion.target}
 

@@ -29,6 +29,7 @@ class Task:
     "What the loop trains. A task has `model`, and overrides the methods below."
     model: nn.Module
     contrastive = False  # whether the loss compares the examples of a batch with each other
+    gpu = False  # whether a GPU trains, and can draw much faster what is large and the same for all examples, such as noise: the loop says so
     used = 0.  # the share of the training's budget that is used up: the loop sets it before each step
 
     def __len__(self) -> int: "Number of training examples."; raise TypeError(f'{type(self).__name__} must define __len__')
@@ -286,7 +287,7 @@ class _Run:
         self.sums, self.since, self.logged = {}, 0, 0.  # of the steps since the last row of the log, and when that was
         self.asked_to_stop = self.terminated = 0  # the number of the signal
         self.wrap(initial)
-        self.coming = self.batches(AHEAD if self.gpu else 0)
+        task.gpu, self.coming = self.gpu, self.batches(AHEAD if self.gpu else 0)
 
     def share(self):
         "Which examples of a batch are this process's, and in what pieces."
