@@ -169,7 +169,7 @@ class Bench:
                 found |= {'ours, compiled': compiled.train_step, 'baseline, TF32': with_tf32(True, lambda: plain(batch(next(step))))}
             times = alternate(found, self.device, 3*self.seconds)
             table = compare(times, 'ours', self.train_batch)
-            loading = alternate({'batch': lambda: batch(next(step))}, self.device, self.seconds/20)['batch']
+            loading = alternate({'batch': lambda: run.draw_batch(next(step))}, self.device, self.seconds/20)['batch']
             few = min(16, self.train_batch)  # the thesis's batch
             smaller = loop('memory', batch_size=few)
             smaller.model.train()
