@@ -81,6 +81,8 @@ def few(table, tmp_path, monkeypatch):
     write_shards(pd.concat([faces, others, load_emoji('test')[:2]], ignore_index=True), tmp_path/'shards')
     monkeypatch.setattr(data, 'SHARDS', tmp_path/'shards')
     monkeypatch.setattr(module, 'PICTURES', 40)
+    monkeypatch.setattr(module, 'PART', 25)
+    monkeypatch.setattr(module, 'HELD_OUT', 2)
     monkeypatch.chdir(tmp_path)
     data.keyword_concepts.cache_clear()
     yield composed_emoji()
