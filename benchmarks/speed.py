@@ -158,6 +158,7 @@ class Bench:
             def loop(name, **changes): return _Run(task(), TrainConfig(**(config | changes)), folder/name, 0, self.device, None, None, False)
             run, data = loop('ours'), task()
             run.model.train()
+            data.gpu = run.gpu  # the noise of the baseline is drawn there, too
             plain, step = baseline.Training(baseline.Baseline(data.model).to(self.device), data.loss, 1e-4), itertools.count()
             def batch(i, n=self.train_batch):
                 indices = torch.arange(i*n, (i + 1)*n) % len(data)
@@ -170,6 +171,7 @@ class Bench:
             times = alternate(found, self.device, 3*self.seconds)
             table = compare(times, 'ours', self.train_batch)
             loading = alternate({'batch': lambda: run.draw_batch(next(step))}, self.device, self.seconds/20)['batch']
+            data.gpu = False  # the two losses below need the same noise
             few = min(16, self.train_batch)  # the thesis's batch
             smaller = loop('memory', batch_size=few)
             smaller.model.train()

@@ -29,7 +29,7 @@ class Task:
     "What the loop trains. A task has `model`, and overrides the methods below."
     model: nn.Module
     contrastive = False  # whether the loss compares the examples of a batch with each other
-    gpu = False  # whether a GPU trains, and can draw much faster what is large and the same for all examples, such as noise: the loop says so
+    gpu = False  # whether a GPU trains, and can itself draw what is large and of one kind for all examples, such as noise, much faster: the loop sets it
     used = 0.  # the share of the training's budget that is used up: the loop sets it before each step
 
     def __len__(self) -> int: "Number of training examples."; raise TypeError(f'{type(self).__name__} must define __len__')
@@ -390,7 +390,7 @@ class _Run:
     def stopped_early(self) -> bool: return bool(self.c.patience) and self.since_best >= self.c.patience
 
     def draw_batch(self, step) -> tuple:
-        "This process's share of the examples of a step, in pieces, and a seed for the dropout."
+        "This process's share of the examples of a step, in pieces, and a seed for what is drawn where the network is: dropout and, on a GPU, a decoder's noise."
         c, generator = self.c, step_generator(self.seed, step)
         indices = batch_indices(len(self.task), c.batch_size, step, self.seed)[self.mine]
         generators = make_generators(generator, c.batch_size)[self.mine]
