@@ -468,7 +468,7 @@ def test_the_thesis_mirrors_half_of_its_pictures(tmp_path):
         task = DecoderTask(Preset.nest({**PRESET, 'decoder': PRESET.decoder | {'mirror': mirror}}), tmp_path/'prepared')
         return task.batch(torch.arange(64) % len(task), make_generators(0, 64))[:2]
     (plain, y), (half, y_half), (all_, y_all) = map(batch, (0., load_preset('thesis').decoder.mirror, 1.))
-    assert torch.equal(all_, plain.flip(3)) and torch.equal(y, y_half) and torch.equal(y, y_all)
+    assert torch.equal(all_, plain.flip(2)) and torch.equal(y, y_half) and torch.equal(y, y_all)
     mirrored = (half == all_).flatten(1).all(1)
     assert 20 < mirrored.sum() < 44 and torch.equal(half[~mirrored], plain[~mirrored])
 
