@@ -92,7 +92,7 @@ def few(table, tmp_path, monkeypatch):
 def test_shards_are_made_once_from_their_own_split(few):
     training, validation = (load_emoji(split) for split in ('train', 'validation'))
     made = load_emoji(folder=few)
-    assert (made['split'] == 'train').sum() == 40 and (made['split'] != 'test').all()
+    assert (made['split'] == 'train').sum() == 40 and (made['split'] != 'test').all() and made.key.is_unique
     for row in made.itertuples():
         first, _, second, _ = row.key.rsplit('/', 3)
         assert first in set((training if row.split == 'train' else validation).key) and second in set(training.name)

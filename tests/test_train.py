@@ -461,6 +461,13 @@ def test_a_decoder_says_what_it_predicts(tmp_path):
     assert DecoderTask(PRESET, tmp_path/'prepared').metadata()['target'] == PRESET.diffusion.target == 'v'
 
 
+def test_a_task_is_told_what_trains_it(tmp_path):
+    task = Line()
+    task.gpu = True
+    _Run(task, LINE, tmp_path, 0, 'cpu', None, None, False)
+    assert task.gpu is False
+
+
 def test_the_thesis_mirrors_half_of_its_pictures(tmp_path):
     "And their embeddings stay."
     prepared(tmp_path)
