@@ -74,7 +74,7 @@ class Vocabulary:
         return re.sub(r'\w{2,}[^\Ws]s\b', singular, text.lower())
 
     def _synonym(self, word):
-        if self.knows(word): return word
+        if known := [w for w in (word, f'{word}s') if self.knows(w)]: return known[0]
         names = self.synonyms()
         return next((n for w in (word, re.sub(r'(?<=\w{3})s$', '', word)) if (n := names.get(w)) and self.knows(n)), word)
 

@@ -34,8 +34,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x, scale=None, shift=None):
         "[N, C, …] → the same shape; with `scale` and `shift` [N, C] then times 1 + scale, plus shift."
-        sums_in_float32 = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x[0, 0].numel() >= 1024  # PyTorch's kernel does so by itself, and on large maps fast
-        h = super().forward(x if sums_in_float32 else x.float()).to(x.dtype)
+        as_it_is = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x[0, 0].numel() >= 1024 and not torch.is_grad_enabled()  # the kernel adds up in float32 by itself; it is slow on small maps, and backwards
+        h = super().forward(x if as_it_is else x.float()).to(x.dtype)
         if scale is None: return h
         scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
         return torch.addcmul(shift, h, 1 + scale)
