@@ -76,9 +76,9 @@ def make_classifier(preset, classes: dict) -> NoisyClassifier:
     return NoisyClassifier(classes, image_size=preset.data.image_size, **preset.classifier)
 
 
-def emoji_classes(table=None) -> dict:
-    "The groups and styles that occur in an emoji table (default: the shipped one)."
-    table = load_emoji(None, ['group', 'style']) if table is None else table
+def emoji_classes() -> dict:
+    "The groups and styles of the emoji that ship."
+    table = load_emoji(None, ['group', 'style'])
     return {question: sorted(table[question].unique()) for question in ('group', 'style')}
 
 # %% ../nbs/lib/classifier.ipynb #e902a6d6

@@ -7,7 +7,7 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'A
            'prepare_command', 'train_stage', 'train', 'pack', 'convert', 'average', 'figures', 'build_emoji_command']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import functools, json, math, os, secrets, shutil, sys, warnings
+import functools, math, os, secrets, shutil, sys, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -280,12 +280,13 @@ def _invented(preset) -> dict:
     return {name: make for name, make in (('recoloured', recoloured_emoji), ('composed', composed_emoji)) if preset.data.get(name)}
 
 
-def _trained(name, make, preset, runs: Path, device='cpu'):
+def _trained(name, preset, runs: Path, device='cpu'):
     "A model that an earlier stage of the run has trained, in eval mode; for a run without its own CLIP the one that ships; else None."
-    from t2i.checkpoints import find_checkpoint, load_checkpoint
+    from t2i.checkpoints import find_checkpoint
+    from t2i.pipeline import load_model
     path = runs/name/'weights.safetensors'
     if not path.exists(): path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not _clip_weights(runs) else None
-    return path and load_checkpoint(make(preset), name, path).eval().requires_grad_(False).to(get_device(device))
+    return path and load_model(name, preset, path).eval().requires_grad_(False).to(get_device(device))
 
 
 def _check_keep(stage, preset, initial, prepared):
@@ -297,13 +298,11 @@ def _check_keep(stage, preset, initial, prepared):
 
 def _teacher(preset, stage, initial: Path, device):
     "The network in the file `initial`, in eval mode."
-    from t2i.checkpoints import load_checkpoint
     from t2i.clip import CLIP
-    from t2i.decoder import make_decoder
-    from t2i.translator import make_translator
+    from t2i.pipeline import load_model
     device = get_device(device)
     if stage == 'text': return CLIP.load(preset.clip, initial, device)
-    return load_checkpoint({'translator': make_translator, 'decoder': make_decoder}[stage](preset), stage, initial).eval().requires_grad_(False).to(device)
+    return load_model(stage, preset, initial).eval().requires_grad_(False).to(device)
 
 
 def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None, keep: bool = False) -> Path:
@@ -343,13 +342,11 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, teacher)
     elif stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
-        from t2i.decoder import make_decoder
-        task = UpsamplerTask(preset, prepared, large, _trained('decoder', make_decoder, preset, runs, device))
+        task = UpsamplerTask(preset, prepared, large, _trained('decoder', preset, runs, device))
     else:
         from t2i.composed import composed_emoji
         from t2i.decoder import DecoderTask
-        from t2i.translator import make_translator
-        task = DecoderTask(preset, prepared, _trained('translator', make_translator, preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
+        task = DecoderTask(preset, prepared, _trained('translator', preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
                            _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, teacher)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 

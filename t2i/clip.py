@@ -9,7 +9,7 @@ __all__ = ['NOUN', 'KEEP', 'Vocabulary', 'CLIP', 'check_captions', 'recall', 'cl
 # %% ../nbs/lib/clip.ipynb #0c891994
 import difflib, os, re, unicodedata, warnings
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, randint, save_weights, square, from_uint8
+from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
-from .data import AROUND, TONES, decodable, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
+from .data import AROUND, TONES, decodable, emoji_names, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task, mixed
 
 # %% ../nbs/lib/clip.ipynb #85bc70a7
 NOUN = r"\w[\w'’-]*\b(?=\s*(?:$|[^\w\s'’-]|(?:and|or|with|without|of|in|on|at|for|to|from|by|near|is|that|please|emoji|icon|wearing|holding|riding|playing)\b))"  # an adjective is followed by another word
+
+
+@cache
+def _emoji(): return re.compile('|'.join(map(re.escape, sorted(emoji_names(), key=len, reverse=True))))  # of several that begin alike the longest
 
 
 class Vocabulary:
@@ -65,12 +69,15 @@ class Vocabulary:
             if tone := TONES.get(f'{ord(symbol := found[0]):X}'): return f', {tone} skin tone'
             if unicodedata.category(symbol) != 'So' or self.knows(symbol): return symbol
             return f" {re.sub('^(heavy )?(black|white) ', '', unicodedata.name(symbol, symbol).lower())} "
+        def name(found): return found[0] if self.knows(found[0]) else f' {emoji_names()[found[0]]} '
         def singular(found):
             if self.knows(word := found[0]): return word
             length = lambda w: len(self.tokenizer.encode(w))  # part of a word is more pieces than a word
             known = [w for end, new in (('s', ''), ('es', ''), ('ies', 'y')) if word.endswith(end) and self.knows(w := word.removesuffix(end) + new) and length(w) <= length(word)]
             return min(known, key=length, default=word)
-        text = re.sub(r'[^\w\s]', words, re.sub('[\u200d\ufe0f]', ' ', self.tokenizer.clean_fn(caption)))  # without what joins and colours them
+        caption = self.tokenizer.clean_fn(caption)
+        if not caption.isascii(): caption = _emoji().sub(name, caption.replace('\ufe0f', ''))  # the selector of coloured pictures
+        text = re.sub(r'[^\w\s]', words, caption.replace('\u200d', ' '))  # what is left is none of the standard's
         return re.sub(r'\w{2,}[^\Ws]s\b', singular, text.lower())
 
     def _synonym(self, word):

@@ -8,9 +8,10 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
            'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
            'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
-           'keyword_concepts', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once', 'recoloured_emoji',
-           'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments', 'merged_statistics',
-           'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by', 'PreparedDataset']
+           'keyword_concepts', 'emoji_names', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
+           'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
+           'merged_statistics', 'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by',
+           'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -379,6 +380,13 @@ def keyword_concepts() -> dict:
     table = load_emoji(columns=['concept', 'keywords']).drop_duplicates('concept')
     table = table.iloc[(-table.keywords.map(len)).argsort(kind='stable')]  # the last one stays
     return {k.lower(): concept for concept, keywords in zip(table.concept, table.keywords) for k in keywords if k.lower() not in AROUND}
+
+
+@cache
+def emoji_names() -> dict:
+    "emoji → its name, '👩‍🚒' → 'woman firefighter'; without presentation selectors."
+    table = load_emoji(columns=['codepoints', 'name'])
+    return {''.join(chr(int(p, 16)) for p in codes.split('-')): name for codes, name in zip(table.codepoints, table['name'])}
 
 # %% ../nbs/01_data.ipynb #7be801c8
 def emoji_svgs(

@@ -183,7 +183,7 @@ def draw_unet(
     _draw_columns(axis, columns, places, 0.72*pitch)
     for size in sizes: _draw_skips(axis, joins[size], places)
     _draw_ends(axis, model, columns, places, 0.72*pitch)
-    _draw_condition(axis, model, layers)
+    _draw_condition(axis, model)
     _draw_legend(axis, model, {l.kind for l in layers})
     return figure
 
@@ -251,7 +251,7 @@ def _draw_seams(axis, model, image, blocks, joint, y):
     _arrow(axis, (row[-1].right, above), (joint.x, above), (joint.x, y + 0.1))
 
 
-def _draw_condition(axis, model, layers):
+def _draw_condition(axis, model):
     "How timestep and embedding become the vector that conditions every ResBlock."
     blocks, y, y_other = [m for m in model.modules() if isinstance(m, ResBlock)], _BELOW - 0.35, _BELOW - 0.9
     others = [(text, getattr(model, name)) for name, text in [('img_emb_proj', 'embedding\n$y$'), ('label_emb', 'label\n$y$')] if hasattr(model, name)]

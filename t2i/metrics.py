@@ -22,7 +22,6 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
-from tqdm.auto import tqdm
 
 from .core import get_device, on_white, pil_pictures
 
@@ -115,7 +114,6 @@ def extract_features(
     features='efficientnet-lite0',    # or 'inception' (downloads its weights), or the path of a file with the Inception weights of torch-fidelity
     device=None,                      # the GPU if there is one
     batch_size: int = 32,
-    progress: bool = False,
 ) -> Features:
     """The features of a set of images, on the CPU. Features that were extracted before are returned as they are.
 
@@ -124,8 +122,7 @@ def extract_features(
     images, device = _as_uint8(images), get_device(device)
     name, extractor = _extractor(features, device)
     with torch.inference_mode():
-        parts = [[f.float().cpu() for f in extractor(batch.to(device).permute(0, 3, 1, 2))]
-                 for batch in tqdm(images.split(batch_size), desc=name, disable=not progress, leave=False) if len(batch)]
+        parts = [[f.float().cpu() for f in extractor(batch.to(device).permute(0, 3, 1, 2))] for batch in images.split(batch_size) if len(batch)]
     if not parts: raise ValueError("there are no images to extract features from: give at least one")
     return Features(name, *(torch.cat(p) for p in zip(*parts)))
 

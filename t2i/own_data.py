@@ -14,9 +14,9 @@ from accelerate import PartialState
 
 from .checkpoints import find_checkpoint, load_statistics
 from .clip import CLIP
-from .core import ASSETS, load_into, load_preset, load_weights, save_json
+from .core import ASSETS, load_preset, save_json
 from .data import prepare
-from .pipeline import MODELS, TextToImage
+from .pipeline import TextToImage, load_model
 from .train import check_hours, train
 
 # %% ../nbs/lib/own_data.ipynb #b29f59b8
@@ -41,6 +41,7 @@ def train_on(
     from t2i.translator import TranslatorTask
     check_hours(hours)
     preset, out = load_preset(preset), Path(out)
+    if lacking := [s for s in ('translator', 'decoder') if s not in preset.get('train', {})]: raise ValueError(f"the preset {preset.name!r} does not train a {lacking[0]}: add a [train.{lacking[0]}] section")
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
     start = out/'start.json'
@@ -59,6 +60,6 @@ def train_on(
                 if 'learning_rate' in c: c['learning_rate'] *= GENTLE
             initial = find_checkpoint(shipped, stage)
         weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9), initial=initial, progress=progress)
-        models[stage] = load_into(MODELS[stage](preset), load_weights(weights)[0], weights)
+        models[stage] = load_model(stage, preset, weights)
     if PartialState().is_main_process: TextToImage(clip, **models, statistics=task.statistics, preset=preset).save_pretrained(out, torch.float16)
     return out

@@ -15,16 +15,16 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import pil_pictures, to_pil
+from .core import on_white, pil_pictures, to_pil
 
 # %% ../nbs/lib/plots.ipynb #589ce1f1
 def as_pictures(
     images,  # PIL pictures, uint8 [N, H, W, 3] or a list of such arrays, or a float tensor [N, 3, H, W] in [-1, 1]
 ) -> list:
-    "The images as PIL pictures. Raises `ValueError` if there are none, or something else, such as paths."
+    "The images as PIL pictures, on white. Raises `ValueError` if there are none, or something else, such as paths."
     if isinstance(images, torch.Tensor) and images.is_floating_point(): images = to_pil(images)
     if not isinstance(images, (Image.Image, str, Path, type(None))): images = [Image.fromarray(np.asarray(i)) if isinstance(i, (np.ndarray, torch.Tensor)) else i for i in images]
-    return pil_pictures(images)
+    return [on_white(i) for i in pil_pictures(images)]
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def show_images(
 # %% ../nbs/lib/plots.ipynb #06c1df36
 def _enlarge(picture, width):
     factor = max(1, math.ceil(width/picture.width))
-    return picture.convert('RGB').resize((picture.width*factor, picture.height*factor), Image.Resampling.NEAREST)
+    return picture.resize((picture.width*factor, picture.height*factor), Image.Resampling.NEAREST)
 
 
 def _wrap(text, font, width):
@@ -110,6 +110,7 @@ def side_by_side(
     gap: int = 4,  # white pixels between them
 ) -> Image.Image:
     "One picture of several, left to right; the smaller ones are enlarged by a whole number."
+    pictures = as_pictures(pictures)
     pictures = [_enlarge(p, max(q.width for q in pictures)) for p in pictures]
     row = Image.new('RGB', (sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)), 'white')
     x = 0

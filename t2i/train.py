@@ -77,12 +77,12 @@ def mixed(
     return *(torch.cat(values)[order] for values in zip(*parts)), which
 
 # %% ../nbs/lib/train.ipynb #a8e9292a
-def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear', final: float = 0.) -> float:
-    "Factor on the base learning rate; `progress` is the share of the decay that is over, `final` the share that the decay reaches at its end."
+def learning_rate_factor(step: int, progress: float, warmup: int, decay: str = 'linear') -> float:
+    "Factor on the base learning rate; `progress` is the share of the decay that is over."
     warm = min(1, (step + 1)/max(1, warmup))
     if decay == 'constant': return warm
-    if decay == 'linear': return warm*(1 - (1 - final)*progress)
-    if decay == 'cosine': return warm*(final + (1 - final)*(1 + math.cos(math.pi*progress))/2)
+    if decay == 'linear': return warm*(1 - progress)
+    if decay == 'cosine': return warm*(1 + math.cos(math.pi*progress))/2
     raise ValueError(f"unknown learning-rate decay {decay!r}: use 'linear', 'cosine' or 'constant'")
 
 
@@ -141,7 +141,6 @@ class Energy:
     "Energy of a run in kWh and kg CO2 equivalents, measured by codecarbon without a network."
     def __init__(
         self,
-        country: str = 'CHE',  # of the electricity
         gpus: 'list | None' = None,  # that are measured; None: all of the machine
     ):
         import logging
@@ -149,7 +148,7 @@ class Energy:
         from codecarbon import OfflineEmissionsTracker
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            self.tracker = OfflineEmissionsTracker(country_iso_code=country, save_to_file=False, log_level='critical', measure_power_secs=30, allow_multiple_runs=True, **({'gpu_ids': gpus} if gpus else {}))
+            self.tracker = OfflineEmissionsTracker(country_iso_code='CHE', save_to_file=False, log_level='critical', measure_power_secs=30, allow_multiple_runs=True, **({'gpu_ids': gpus} if gpus else {}))
             self.tracker.start()
 
     def read(self) -> dict:
@@ -167,12 +166,10 @@ class Energy:
 # %% ../nbs/lib/train.ipynb #862a1c9f
 class Log:
     "Rows of numbers by step in `log.csv` of a run's folder, and in TensorBoard."
-    def __init__(self, folder: Path, step: int, tensorboard: bool = True):
-        self.path, self.writer = Path(folder)/'log.csv', None
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+        self.path, self.writer = Path(folder)/'log.csv', SummaryWriter(folder, purge_step=step + 1)
         self.rows = [r for r in self.read(self.path) if int(r['step']) <= step]
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     @staticmethod
     def read(path) -> list:
@@ -188,8 +185,7 @@ class Log:
             writer = csv.DictWriter(f, columns, restval='')
             writer.writeheader()
             writer.writerows(self.rows)
-        if self.writer:
-            for k, v in values.items(): self.writer.add_scalar(k, float(v), step)
+        for k, v in values.items(): self.writer.add_scalar(k, float(v), step)
 
 # %% ../nbs/lib/train.ipynb #902bacc4
 @dataclass
@@ -203,7 +199,6 @@ class TrainConfig:
     betas: tuple = (0.9, 0.999)
     warmup: int = 0                    # steps
     decay: str = 'linear'              # 'linear', 'cosine' or 'constant'
-    final_learning_rate: float = 0.    # share of learning_rate at the end of the decay
     steps: int = 1000                  # length of the run
     decay_steps: 'int | None' = None   # length of the decay, if it is longer than the run (the thesis: 800,000 for 500,000)
     clip_norm: float = 1.              # maximum norm of the gradient
@@ -232,6 +227,7 @@ def make_config(config, device: torch.device) -> TrainConfig:
         value = getattr(config, key)
         if value is not None and not value > 0: raise ValueError(f"the training's {key} is {value}: it must be more than 0")
     if not 0 <= config.ema < 1: raise ValueError(f"the training's ema is {config.ema}: the rate of an average is a number from 0 (none) to less than 1")
+    if config.patience and not config.keep_best: raise ValueError(f"the training's patience is {config.patience} and nothing says what should get better: set keep_best to a number of the validation")
     return config
 
 
@@ -417,7 +413,7 @@ class _Run:
         torch.manual_seed(seed)
         self.task.used = self.used
         for group in self.optimizer.param_groups:
-            group['lr'] = c.learning_rate*learning_rate_factor(self.step, min(1., self.used*c.steps/(c.decay_steps or c.steps)), c.warmup, c.decay, c.final_learning_rate)
+            group['lr'] = c.learning_rate*learning_rate_factor(self.step, min(1., self.used*c.steps/(c.decay_steps or c.steps)), c.warmup, c.decay)
         for i, piece in enumerate(pieces):
             batch = [b.to(self.accelerator.device, non_blocking=True) for b in piece]
             accumulates = i < len(pieces) - 1 and not c.fsdp

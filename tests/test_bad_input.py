@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from t2i import data
-from t2i.cli import app
+from t2i.cli import _trained, app
 from t2i.checkpoints import check_clip, load_statistics
 from t2i.clip import CLIP
 from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
@@ -446,6 +446,7 @@ def test_a_refused_call_leaves_no_settings(pipe, tmp_path):
     with pytest.raises(ZeroDivisionError): draw_to_folder(pipe, ['a'], lambda: 1/0, tmp_path/'x', 1, num_inference_steps=2)  # later than that
     assert (tmp_path/'x/settings.json').exists() and len(draw(num_inference_steps=1)) == 1
     with pytest.raises(ValueError, match='num_inference_steps is 1 there and 2 now'): draw(num_inference_steps=2)
+    assert len(draw(num_inference_steps=np.int64(1))) == 1  # a number, whoever counted it
 
 
 @pytest.mark.parametrize('content', ['', '{}', '{"captions": ["a"', '[]', '{"captions": 3}'])
@@ -523,6 +524,10 @@ def test_packing_an_own_preset_leaves_the_weights_that_ship(tmp_path):
 def test_weights_of_another_target(tmp_path):
     mine = own_preset(tmp_path, 'emoji', target='"eps"')
     with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for eps"): TextToImage.from_preset(mine, 'cpu')
+
+
+def test_a_decoder_of_another_target_teaches_no_upsampler(tmp_path):
+    with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for v"): _trained('decoder', load_preset(own_preset(tmp_path, 'emoji', target='"v"')), tmp_path)
 
 
 @pytest.mark.parametrize('name', ['decoder', 'upsampler'])

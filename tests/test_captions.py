@@ -8,7 +8,7 @@ import torch
 
 from t2i import clip as clips
 from t2i.clip import CLIP, TextTask, Vocabulary, neighbour_recall, paraphrase_recall
-from t2i.data import AROUND, ENDINGS, OPENINGS, WITH, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, typed_captions
+from t2i.data import AROUND, ENDINGS, OPENINGS, WITH, emoji_pixels, emoji_names, is_test_keyword, keyword_concepts, load_emoji, typed_captions
 from t2i.pipeline import TextToImage
 
 
@@ -36,11 +36,22 @@ def test_typed_captions_say_what_may_be_said():
 @pytest.mark.parametrize('typed, read', [
     ('Two red APPLES', 'two red apple'), ('foxes, potatoes and strawberries', 'fox, potato and strawberry'), ('a glass with stars', 'a glass with stars'),
     ('a cup of coffee', 'a cup of hot beverage'), ('two ravens.', 'two black bird .'), ('a shiny apple', 'a shiny apple'), ('grandma wearing eyeglasses', 'old woman wearing glasses'),
-    ('a 🍎, please', 'a red apple , please'), ('a 👍🏽', 'a thumbs up sign, medium skin tone'), ('a corgi', 'a corgi'), ('a coffee emoji, please', 'a hot beverage emoji, please'), ('my coffee is hot', 'my hot beverage is hot'), ('a "coffee"', 'a "hot beverage"'), ('a coffee cup', 'a coffee cup'),
+    ('a 🍎, please', 'a red apple , please'), ('a 👍🏽', 'a thumbs up, medium skin tone'), ('👩‍🚒🖤 ❤️', 'woman firefighter black heart red heart'), ('a ▲', 'a up-pointing triangle'), ('a corgi', 'a corgi'), ('a coffee emoji, please', 'a hot beverage emoji, please'), ('my coffee is hot', 'my hot beverage is hot'), ('a "coffee"', 'a "hot beverage"'), ('a coffee cup', 'a coffee cup'),
     ('process of duchess james', 'process of duchess james'), ('a cat and his', 'a cat and his'), ('sand in a hand', 'sand in a hand'), ('woman firefighter, medium skin tone, noto style', 'woman firefighter, medium skin tone, noto style')])
 def test_captions_are_spelled_in_known_words(clip, typed, read):
     assert clip.tokenize.spell(typed).replace(' ,', ',').replace(' .', '.') == read.replace(' ,', ',').replace(' .', '.')
     assert torch.equal(clip.tokenize([typed]), clip.tokenize([read]))
+
+
+def test_every_emoji_is_read_as_its_name(clip):
+    names = emoji_names()
+    assert len(names) > 2500 and clip.unknown_words([f'{emoji}, noto style' for emoji in names]) == []
+    for emoji, name in names.items(): assert clip.tokenize.spell(f'a {emoji}.').replace(' .', '.') == clip.tokenize.spell(f'a {name}.').replace(' .', '.')
+
+
+def test_emoji_that_a_vocabulary_has_are_kept():
+    words = Vocabulary.of(['a 🖤'], context_length=32)
+    assert words.spell('a 🖤') == 'a 🖤' and words.unknown_words('🖤') == []
 
 
 def test_a_synonym_that_cannot_be_read_is_none():

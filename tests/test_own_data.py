@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from runs import finish, launch
 from t2i.checkpoints import load_statistics
 from t2i.cli import app
-from t2i.core import ASSETS, load_preset, load_weights
+from t2i.core import ASSETS, Preset, load_preset, load_weights
 from t2i.own_data import GENTLE, train_on
 from t2i.pipeline import TextToImage
 from t2i.train import make_config
@@ -89,6 +89,12 @@ def test_two_processes_prepare_and_train(pictures, tmp_path):
     assert load_weights(tmp_path/'decoder/weights.safetensors')[1]['step'] == 3
     pictures_drawn = TextToImage.from_pretrained(tmp_path, 'cpu')(['a', 'b'], num_inference_steps=1)
     assert len(pictures_drawn) == 2
+
+
+def test_a_preset_that_does_not_train_is_refused_early(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"'smoke' does not train a decoder: add a \[train.decoder\]"):
+        train_on(pictures, tmp_path/'run', Preset({**load_preset('smoke'), 'train': {'translator': {'steps': 1}}}), device='cpu')
+    assert not (tmp_path/'run').exists()
 
 
 @pytest.mark.parametrize('words, sentence', [

@@ -313,6 +313,11 @@ def test_a_shorter_decay_stays_at_its_end(tmp_path):
     assert losses(tmp_path, 'learning_rate').tolist()[4:] == [0]*4
 
 
+def test_patience_without_a_number_to_wait_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='patience is 2 .* set keep_best'): train(Line(), LINE | {'patience': 2}, tmp_path/'run', device='cpu', progress=False)
+    assert not (tmp_path/'run').exists()
+
+
 class Judged(Line):
     "Held-out numbers that are best at the start."
     def validate(self, model): return {'validation_loss': float(self.steps)}
