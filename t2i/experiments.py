@@ -7,6 +7,7 @@ __all__ = ['VARIANTS', 'THESIS_TABLE', 'OTHER_NOISE', 'REAL', 'Pairs', 'held_out
            'variant_to_folder', 'measure', 'table_5_1', 'sample_variants']
 
 # %% ../nbs/05_experiments.ipynb #cbf3ff83
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def draw_variant(
 
 def variant_to_folder(variant, pipe, pairs, seed, folder, **settings) -> list:
     "The paths of a variant's pictures, one for each pair, below `folder`; what is missing is drawn. For the settings see `draw_to_folder`."
-    return draw_to_folder(pipe, pairs.captions, lambda: _embed(variant, pipe, pairs), Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, **settings)
+    of_pictures = [hashlib.sha256(np.ascontiguousarray(i)).hexdigest()[:16] for i in pairs.images] if variant == 'Image decoder only' else None
+    return draw_to_folder(pipe, pairs.captions, lambda: _embed(variant, pipe, pairs), Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, made_of=of_pictures, **settings)
 
 # %% ../nbs/05_experiments.ipynb #7edea9b6
 THESIS_TABLE = {  # Table 5.1 of the thesis

@@ -47,10 +47,12 @@ def train_on(
     start = out/'start.json'
     if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
     report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
-    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures")
+    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures" + (f", or mend those of {out/'prepared/report.json'} that were skipped" if report['skipped'] else ''))
     if PartialState().is_main_process: save_json(start, {'scratch': shipped is None})
     if on_prepared and PartialState().is_main_process: on_prepared(report)
-    if shipped: load_statistics(shipped, preset.clip.embedding_size).save(out/'prepared/statistics.safetensors')  # what the weights are used to
+    begun = out/'statistics.safetensors'  # what the weights are used to, whatever pictures are added
+    if not begun.exists(): load_statistics(shipped or out/'prepared', preset.clip.embedding_size).save(begun)
+    load_statistics(out, preset.clip.embedding_size).save(out/'prepared/statistics.safetensors')
     models = {}
     for stage, Stage in (('translator', TranslatorTask), ('decoder', DecoderTask)):
         torch.manual_seed(seed)

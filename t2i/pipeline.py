@@ -363,7 +363,7 @@ def _keep_settings(folder: Path, new: dict):
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels') if k in d}).items() if not isinstance(v, dict)} for d in (old, new))
+    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of') if k in d}).items() if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if there.get(k) != asked.get(k)), None)
     if wrong: raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): name another folder, or delete this one")
     if len(new['captions']) > n: save_json(path, new)
@@ -385,6 +385,7 @@ def draw_to_folder(
     share: tuple = (0, 1),  # (p, n): of those that are missing, draw the pictures p, p + n, p + 2n, …
     batch_size: 'int | None' = None,  # pictures drawn at once
     progress: bool = False,
+    made_of: 'list | None' = None,  # for each picture a text that tells what else its embedding depends on
     **settings,  # num_inference_steps, guidance_scale, sampler, upsample, …: see `TextToImage`
 ) -> list:  # N paths
     "Draw pictures to `folder`/00000.png, 00001.png, … and go on where an earlier run was stopped. A `ValueError` refuses a folder of other settings."
@@ -396,7 +397,7 @@ def draw_to_folder(
     if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
     if each: labels = [int(k) for k in settings.pop('upsampler_label')]
     if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
-    drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {})
+    drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {}) | ({'made_of': made_of} if made_of else {})
     _keep_settings(folder, drawn_from)
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]

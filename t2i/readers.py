@@ -281,7 +281,10 @@ def _unlisted(e): raise ValueError(f"{e.filename} cannot be listed ({e.strerror}
 
 def _folders(root):
     "`root` and the folders below it, by name."
-    for folder, below, _ in os.walk(root, onerror=_unlisted):
+    seen = set()
+    for folder, below, _ in os.walk(root, onerror=_unlisted, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen: below.clear(); continue  # a link to where it has been
+        seen.add(real)
         below[:] = sorted(f for f in below if not f.startswith('.'))
         yield Path(folder)
 
@@ -379,7 +382,10 @@ def _table_rows(path):
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
         if path.suffix == '.jsonl': rows = map(_parse_line, f)
         else:
-            rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
+            first = f.readline()
+            f.seek(0)
+            rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ';' if ';' in first and ',' not in first else ',', skipinitialspace=True)
+            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
             if not (set(FILE_COLUMNS) & set(rows.fieldnames or ()) and set(CAPTION_COLUMNS) & set(rows.fieldnames or ())):
                 raise ValueError(f"{path} has the columns {', '.join(map(_key, rows.fieldnames or ['none']))}: name one of them file and one caption")
         for number in itertools.count(1):
@@ -423,7 +429,7 @@ def _read_described(root, items, validation):
 def picture_shards(root, table=None) -> list:
     "The raw shards of a folder of pictures with captions in `.txt` files, or in the CSV, TSV or JSONL `table`."
     entries, items = _described(root, table)
-    described = [i[0] for i in items if not isinstance(i, Skipped) and (i[1].is_file() if isinstance(i[1], Path) else i[1])]
+    described = [i[0] for i in items if not isinstance(i, Skipped) and (any(_stat(i[1])[:1]) if isinstance(i[1], Path) else i[1])]
     validation = set(sorted(described, key=lambda p: hash_fraction(_key(Path(p).relative_to(root).as_posix())))[:math.ceil(VALIDATION*len(described))])
     def mark(item):
         if isinstance(item, Skipped): return item

@@ -7,7 +7,7 @@ __all__ = ['AHEAD', 'Task', 'step_generator', 'batch_indices', 'mixed', 'learnin
            'orthogonalize', 'Muon', 'Energy', 'Log', 'TrainConfig', 'make_config', 'check_hours', 'train']
 
 # %% ../nbs/lib/train.ipynb #d9a396db
-import contextlib, csv, functools, itertools, math, os, signal, threading, time, warnings
+import contextlib, csv, functools, itertools, math, operator, os, signal, threading, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -36,13 +36,14 @@ class Task:
     def batch(self, indices, generators): "Tensors [N, …] of the examples at `indices`, on the CPU; what is random about an example is drawn from its generator."; raise TypeError(f'{type(self).__name__} must define batch')
     def loss(self, model, batch) -> dict: "{'loss': scalar tensor, …}: the first is minimised, the others are logged."; raise TypeError(f'{type(self).__name__} must define loss')
     def validate(self, model) -> dict: "Numbers measured on held-out examples, with the averaged weights in eval mode."; return {}
+    def held_out_examples(self): "What tells the examples of `validate` from others, in a few letters: the best of them is no measure for others."; return ''
     def samples(self, model): "A PIL picture of what the model can do, or None."; return None
     def metadata(self) -> dict: "Kept in the header of the weights file."; return {}
 
 # %% ../nbs/lib/train.ipynb #abb55726
 def step_generator(seed: int, step: int) -> torch.Generator:
     "The random numbers of one training step."
-    return torch.Generator().manual_seed((seed*1_000_003 + step) % 2**63)
+    return torch.Generator().manual_seed((operator.index(seed)*1_000_003 + step) % 2**63)
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in two epochs at most, unless it is larger than one
@@ -334,6 +335,7 @@ class _Run:
             self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
             for group in self.optimizer.param_groups: group.update(betas=tuple(c.betas), weight_decay=c.weight_decay)  # as they are in the preset now
             for k in self.counts: setattr(self, k, state[k])
+            if state.get('held_out') != self.task.held_out_examples(): self.best, self.since_best = math.inf, 0
             self.energy_before = state['energy']
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ class _Run:
     def save(self, energy):
         with self.evaluation(): average = self.tensors() if self.average else None
         state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
-                 'energy': energy, 'task': self.task.metadata(), **{k: getattr(self, k) for k in self.counts}}
+                 'energy': energy, 'task': self.task.metadata(), 'held_out': self.task.held_out_examples(), **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
         if not self.c.keep_best: self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)

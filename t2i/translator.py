@@ -7,6 +7,7 @@ __all__ = ['translator_loss', 'identity', 'TranslatorLayer', 'Translator', 'make
            'TranslatorTask']
 
 # %% ../nbs/04_translator.ipynb #15558801
+import hashlib
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -111,6 +112,8 @@ class TranslatorTask(Task):
         self.model = make_translator(self.preset)
 
     def __len__(self): return len(self.data)
+
+    def held_out_examples(self): return hashlib.sha256('\n'.join(self.held_out.keys).encode()).hexdigest()[:16]
 
     def pairs(self, data, indices, which):
         "Standardised text and image embeddings [N, E]; `which` [N] of its captions for each picture."

@@ -234,6 +234,7 @@ class UpsamplerTask(Task):
     ):
         self.preset, self.decoder = load_preset(preset), decoder
         self.diffusion, self.model, self.settings = make_upsampler_diffusion(self.preset), make_upsampler(self.preset), _settings(preset)
+        if self.diffusion.target != 'x0': raise ValueError(f"the upsampler learns the picture itself and the preset's target is {self.diffusion.target}: set target = \"x0\" in its [upsampler.diffusion]")
         self.statistics = Statistics.load(Path(prepared)/'statistics.safetensors')
         self.data, self.held_out = (self.pairs(Path(prepared)/split, Path(large)/split) for split in ('train', 'validation'))
 
@@ -246,6 +247,8 @@ class UpsamplerTask(Task):
             if repeated := len(keys) - len({*keys}): raise ValueError(f"{repeated} of the {len(keys)} pictures in {folder} have a key that another one has, too, so that nobody knows which large picture is whose: prepare one source, or give the files of the sources different names")
         size, wanted = large.shards[0]['images'].shape[1], self.model.image_size
         if size != wanted: raise ValueError(f"the pictures in {large.paths[0].parent} have {size} pixels a side, and the upsampler of the preset draws {wanted}: prepare them in that size")
+        given, crop = small.shards[0]['images'].shape[1], self.settings.crop
+        if wanted % given or crop % (wanted//given): raise ValueError(f"the pictures in {prepared} have {given} pixels a side, those in {large.paths[0].parent} {wanted}, and crops {crop}: each must be a whole number of times as large, and a crop as many pixels of a small picture")
         if lacking: raise ValueError(f"{len(lacking)} pictures in {large.paths[0].parent} are not in {prepared}, such as {lacking[0]!r}: prepare both from the same source")
         return small, large, torch.tensor([place[key] for key in large.keys])
 

@@ -11,6 +11,7 @@ from runs import finish, launch
 from t2i.checkpoints import load_statistics
 from t2i.cli import app
 from t2i.core import ASSETS, Preset, load_preset, load_weights
+from t2i.data import PreparedDataset
 from t2i.own_data import GENTLE, train_on
 from t2i.pipeline import TextToImage
 from t2i.train import make_config
@@ -74,6 +75,26 @@ def test_going_on_in_another_way_is_refused(pictures, tmp_path):
     (tmp_path/'run/start.json').write_text(json.dumps({'scratch': False}))
     done = run('--data', pictures, '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu', '--scratch')
     assert begun == {'scratch': True} and done.exit_code == 1 and 'began from the weights that ship: go on in the same way' in ' '.join(done.output.split())
+
+
+def test_added_pictures_leave_embeddings_as_the_weights_know_them(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path/'pictures')
+    pipes = []
+    for added in (0, 20):
+        for i in range(added): Image.new('RGB', (9, 9), 'red').save(tmp_path/f'pictures/more{i}.png'); (tmp_path/f'pictures/more{i}.txt').write_text('red')
+        pipes.append(TextToImage.from_pretrained(train_on(tmp_path/'pictures', tmp_path/'run', 'smoke', scratch=True, device='cpu', progress=False), 'cpu'))
+    assert len(PreparedDataset(tmp_path/'run/prepared/train')) > 50
+    first, second = (p.embed_images(Image.new('RGB', (9, 9), 'blue')) for p in pipes)
+    assert torch.equal(first, second)
+
+
+def test_who_is_skipped_is_told_where_nothing_is_for_validation(tmp_path, monkeypatch):
+    for i in range(3):
+        Image.new('RGB', (9, 9), (90*i, 0, 0)).save(tmp_path/f'{i}.png')
+        (tmp_path/f'{i}.txt').write_bytes(b'a square')
+    (tmp_path/'picked.png').write_bytes(b'not a picture'); (tmp_path/'picked.txt').write_bytes(b'a square')
+    monkeypatch.setattr('t2i.readers.hash_fraction', lambda key: 'picked' not in key)
+    with pytest.raises(ValueError, match='none of the 3 pictures is for validation: give more pictures, or mend those of .*report.json'): train_on(tmp_path, tmp_path/'run', 'smoke', device='cpu', progress=False)
 
 
 def test_few_described_pictures_among_many_have_a_validation_split(tmp_path):

@@ -225,6 +225,25 @@ def test_pictures_with_a_table(tmp_path, kind):
     assert reasons(samples) == bad | ({f'captions.jsonl row {i}': 'malformed row' for i in (9, 10)} if kind == 'jsonl' else {})
 
 
+@pytest.mark.parametrize('text', ['file, caption\n{}, a cat\n', 'File;Caption\n{};a cat\n', '\ufeffFILE , CAPTION\n{},a cat\n'])
+def test_tables_as_people_and_their_programs_write_them(tmp_path, text):
+    (tmp_path/'captions.csv').write_text(text.format(own_pictures(tmp_path, 1)[0]), encoding='utf-8')
+    assert list(good(read(tmp_path)).values()) == [('a cat',)]
+
+
+def test_linked_folders_are_read_and_do_not_lead_in_circles(tmp_path):
+    (tmp_path/'all/cats').mkdir(parents=True); (tmp_path/'some').mkdir()
+    (tmp_path/'all/cats/1.png').write_bytes(picture()); (tmp_path/'all/cats/1.txt').write_text('a cat')
+    (tmp_path/'some/cats').symlink_to(tmp_path/'all/cats'); (tmp_path/'all/cats/up').symlink_to(tmp_path/'all')
+    assert good(read(tmp_path/'some')) == {'cats/1.png': ('a cat',)}
+
+
+def test_an_empty_caption_takes_no_place_in_the_validation_split(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.readers.hash_fraction', lambda key: 'empty' not in key)
+    for name in ('one', 'two', 'empty'): (tmp_path/f'{name}.png').write_bytes(picture()); (tmp_path/f'{name}.txt').write_text('a square'*(name != 'empty'))
+    assert Counter(s.split for s in read(tmp_path) if isinstance(s, Sample)) == {'train': 1, 'validation': 1}
+
+
 def test_pictures_are_cut_in_shards_of_a_fixed_size_and_always_the_same_way(tmp_path, monkeypatch):
     monkeypatch.setattr('t2i.readers.PER_SHARD', 4)
     for f in own_pictures(tmp_path, 10): (tmp_path/f).with_suffix('.txt').write_text(f)

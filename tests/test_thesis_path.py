@@ -214,6 +214,14 @@ def test_a_folder_of_other_settings_is_refused(pipe, tmp_path, change, words):
     assert contents(tmp_path) == before
 
 
+def test_what_is_drawn_from_other_pictures_is_not_returned(pipe, tmp_path):
+    pairs = draw_pairs(3, 1)
+    draw = lambda pairs: draw_variant('Image decoder only', pipe, pairs, 1, tmp_path, **SETTINGS)
+    assert draw(pairs.first(2)) == draw(pairs)[:2]
+    pairs.images[1] = 255 - pairs.images[1]
+    with pytest.raises(ValueError, match='made_of.1 is .* there and .* now'): draw(pairs)
+
+
 def test_pictures_of_other_weights_captions_or_no_settings_are_refused(pipe, tmp_path):
     pairs = draw_pairs(3, 1)
     draw_variant('Full pipeline', pipe, pairs, 1, tmp_path, **SETTINGS)

@@ -2,6 +2,7 @@
 import math, os, random, resource, signal, sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -331,6 +332,21 @@ def test_a_training_that_stops_early_is_over(tmp_path, capsys):
     assert train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes() == best
     told = capsys.readouterr().out
     assert 'stopped early (15 steps), after 2 validations without a better one: nothing is left to train; raise patience' in told and 'give more' not in told
+
+
+def test_the_best_on_other_examples_is_no_measure(tmp_path):
+    "After pictures were added, an old score is not waited for, and the weights that saw them are kept."
+    early = LINE | dict(validate_every=5, keep_best='validation_loss', patience=2, save_minutes=60.)
+    train(Judged(), early, tmp_path, device='cpu', progress=False)
+    before = load_weights(tmp_path/'weights.safetensors')[1]['step']
+    class Others(Judged):
+        def held_out_examples(self): return 'others'
+    train(Others(), early, tmp_path, device='cpu', progress=False)
+    assert (before, load_weights(tmp_path/'weights.safetensors')[1]['step']) == (5, 20)
+
+
+def test_seeds_of_numpy(tmp_path):
+    for seed in (np.int64(3), np.uint64(3)): assert train(Line(), LINE, tmp_path/type(seed).__name__, seed=seed, device='cpu', progress=False).read_bytes() == train(Line(), LINE, tmp_path/'three', seed=3, device='cpu', progress=False).read_bytes()
 
 
 def test_validation_may_be_more_frequent_than_the_log(tmp_path):

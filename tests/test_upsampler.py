@@ -309,6 +309,17 @@ def test_other_pictures_are_refused(own, pairs, tmp_path):
     with pytest.raises(ValueError, match='have 32 pixels a side, and the upsampler of the preset draws 64'): UpsamplerTask(own, pairs/'prepared', tmp_path)
 
 
+def test_another_target_and_other_sizes_are_refused(own, pairs, tmp_path):
+    for target in ('eps', 'v'):
+        with pytest.raises(ValueError, match=f'target is {target}: set target = "x0"'): UpsamplerTask(Preset.nest(own | {'upsampler': own.upsampler | {'diffusion': own.upsampler.diffusion | {'target': target}}}), pairs/'prepared', pairs/'large')
+    for size in (24, 128):
+        save_pairs(tmp_path/str(size))
+        path = tmp_path/str(size)/'prepared/train/0.safetensors'
+        tensors, metadata = load_weights(path, None)
+        save_weights(path, tensors | {'images': torch.zeros(len(tensors['images']), size, size, 3, dtype=torch.uint8)}, metadata)
+        with pytest.raises(ValueError, match=f'have {size} pixels a side, those in .* 64, and crops 32: each must be a whole number'): UpsamplerTask(own, tmp_path/str(size)/'prepared', tmp_path/str(size)/'large')
+
+
 def test_pictures_whose_keys_are_not_their_own_are_refused(own, tmp_path):
     "As of two data sets that both count from 0."
     save_pairs(tmp_path)
