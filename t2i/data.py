@@ -386,7 +386,12 @@ def keyword_concepts() -> dict:
 def emoji_names() -> dict:
     "emoji → its name, '👩‍🚒' → 'woman firefighter'; without presentation selectors."
     table = load_emoji(columns=['codepoints', 'name'])
-    return {''.join(chr(int(p, 16)) for p in codes.split('-')): name for codes, name in zip(table.codepoints, table['name'])}
+    names = {''.join(chr(int(p, 16)) for p in codes.split('-')): name for codes, name in zip(table.codepoints, table['name'])}
+    for emoji, name in list(names.items()):  # the table has a fifth of the skin tones
+        for code, tone in TONES.items():
+            for other, of in TONES.items():
+                if (here := chr(int(code, 16))) in emoji: names.setdefault(emoji.replace(here, chr(int(other, 16))), name.replace(f', {tone} skin', f', {of} skin'))
+    return names
 
 # %% ../nbs/01_data.ipynb #7be801c8
 def emoji_svgs(

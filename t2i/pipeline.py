@@ -152,7 +152,7 @@ class TextToImage:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
         captions = check_captions(captions)
         def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
-        if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads a keyword's emoji for them: {first([f'{word} ({name})' for word, name in named.items()])}")
+        if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
         y = self.statistics.text.standardize(self.clip.encode_captions(captions)).to(self.device)
         return self.translator(y) if translate else y
