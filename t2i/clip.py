@@ -9,7 +9,7 @@ __all__ = ['NOUN', 'SIGNS', 'KEEP', 'Vocabulary', 'CLIP', 'check_captions', 'rec
 # %% ../nbs/lib/clip.ipynb #0c891994
 import difflib, os, re, unicodedata, warnings
 from collections.abc import Iterable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,13 @@ from torch import nn
 
 from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, save_weights, square, from_uint8
 from .colours import COLOURS, coloured
-from .data import AROUND, STYLES, TONES, decodable, emoji_names, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
+from .data import AROUND, STYLES, TONES, decodable, emoji_names, emoji_pattern, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task, mixed
 
 # %% ../nbs/lib/clip.ipynb #85bc70a7
 NOUN = (r"\w[\w'’-]*\b(?=\s*(?:$|[^\w\s'’-]|['’](?!\w)|(?:and|or|with|without|of|in|on|at|for|to|from|by|near|is|that|please|emoji|icon|wearing|holding|riding|playing|"
         r"are|has|as|who|which|over|under|above|behind|beside|between|inside|into|against|around|next|plus|but|made|eating|drinking|reading|sitting|standing|jumping|looking)\b"
         rf"|(?:(?:{'|'.join(STYLES)})\b\s*)?(?:style|emoji)?\s*(?:$|[^\w\s'’-])))")  # an adjective is followed by another word
-
-
-@cache
-def _emoji(): return re.compile('|'.join(map(re.escape, sorted(emoji_names(), key=len, reverse=True))))  # of several that begin alike the longest
 
 
 SIGNS = r"(?<!\w)['’]|['’](?![\w-])|(?<!\d)[:–]|[:–](?!\d)|(?<!\bmrs)(?<!\.)\.(?![.\d])|(?<!\bon)!+"  # what captions have within things only: "two o'clock", "12:30", "Mrs. Claus", "ON!"
@@ -100,7 +96,7 @@ class Vocabulary:
             known = [w for end, new in (('s', ''), ('es', ''), ('ies', 'y')) if word.endswith(end) and self.knows(w := word.removesuffix(end) + new) and length(w) <= length(word)]
             return min(known, key=length, default=word)
         caption = self.tokenizer.clean_fn(caption)
-        if not caption.isascii(): caption = _emoji().sub(name, caption.replace('\ufe0f', ''))  # the selector of coloured pictures
+        if not caption.isascii(): caption = emoji_pattern().sub(name, caption.replace('\ufe0f', ''))  # the selector of coloured pictures
         text = re.sub(r'[^\w\s]', words, caption.replace('\u200d', ' '))  # what is left is none of the standard's
         text = re.sub(r'\w{2,}[^\Ws]s\b', singular, text.lower())
         text = re.sub(r'[- ]skinned\b|[- ]toned skin\b', ' skin tone', text)

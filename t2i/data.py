@@ -8,7 +8,7 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
            'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
            'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
-           'keyword_concepts', 'emoji_names', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
+           'keyword_concepts', 'emoji_names', 'emoji_pattern', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
            'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
            'merged_statistics', 'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by',
            'PreparedDataset']
@@ -392,6 +392,12 @@ def emoji_names() -> dict:
             for other, of in TONES.items():
                 if (here := chr(int(code, 16))) in emoji: names.setdefault(emoji.replace(here, chr(int(other, 16))), name.replace(f', {tone} skin', f', {of} skin'))
     return names
+
+
+@cache
+def emoji_pattern() -> re.Pattern:
+    "Finds the emoji of `emoji_names`; of several that begin alike the longest."
+    return re.compile('|'.join(map(re.escape, sorted(emoji_names(), key=len, reverse=True))))
 
 # %% ../nbs/01_data.ipynb #7be801c8
 def emoji_svgs(

@@ -16,6 +16,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import on_white, pil_pictures, to_pil
+from .data import emoji_names, emoji_pattern
 
 # %% ../nbs/lib/plots.ipynb #589ce1f1
 def as_pictures(
@@ -33,7 +34,10 @@ def _glyphs(): return font_manager.get_font(font_manager.findfont('DejaVu Sans')
 
 def _drawable(text):
     "The text with the names of characters that the font has not, such as emoji."
-    named = ''.join(c if c.isspace() or ord(c) in _glyphs() else f" {unicodedata.name(c, '').lower()} " for c in re.sub('[\ufe0f\u200d]', '', text))
+    has = lambda c: c.isspace() or c == '\u200d' or ord(c) in _glyphs()
+    text = text.replace('\ufe0f', '')
+    if not text.isascii(): text = emoji_pattern().sub(lambda found: found[0] if all(map(has, found[0])) else f' {emoji_names()[found[0]]} ', text)
+    named = ''.join(c if has(c) else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
     return re.sub(' {2,}', ' ', named).replace(' ,', ',').strip(' ')
 
 

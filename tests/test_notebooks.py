@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (REPOSITORY/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-9]_', p.name)]
 # a module imports from rows above its own only
-LAYERS = [['core', 'readers', 'convolution', 'colours'], ['plots', 'train', 'metrics', 'data', 'diffusion', 'benchmarks'], ['clip'], ['guidance', 'sampling', 'image_guidance', 'judge'], ['unet', 'composed'],
+LAYERS = [['core', 'readers', 'convolution', 'colours'], ['data'], ['plots', 'train', 'metrics', 'diffusion', 'benchmarks'], ['clip'], ['guidance', 'sampling', 'image_guidance', 'judge'], ['unet', 'composed'],
           ['diagrams', 'checkpoints', 'costs'], ['decoder', 'translator', 'classifier'], ['upsampler'], ['pipeline'], ['experiments', 'clip_algebra', 'own_data'], ['cli']]
 
 def name(path): return str(path.relative_to(REPOSITORY))
