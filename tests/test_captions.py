@@ -35,7 +35,7 @@ def test_typed_captions_say_what_may_be_said():
 
 @pytest.mark.parametrize('typed, read', [
     ('Two red APPLES', 'two red apple'), ('foxes, potatoes and strawberries', 'fox, potato and strawberry'), ('a glass with stars', 'a glass with stars'),
-    ('a cup of coffee', 'a cup of hot beverage'), ('two ravens.', 'two black bird'), ('scissor and a sock', 'scissors and a socks'), ('a cat that is just the best', 'a cat that is just the best'), ('a girafe and a unicron, Noto Style!', 'a giraffe and a unicorn, noto style'), ('"bannana"', '"banana"'), ('a coffee noto style', 'a hot beverage noto style'), ('a squirrel eating a nut', 'a chipmunk eating a nut'), ('red heart: noto style', 'red heart, noto style'), ("'red heart', noto style.", 'red heart , noto style'), ("two o'clock, 12:30 and Mrs. Claus", "two o'clock, 12:30 and mrs. claus"), ('a female astronaut, dark-skinned', 'a woman astronaut, dark skin tone'), ('a male elf and the female sign', 'a man elf and the female sign'), ('👩🏿‍⚖️', 'woman judge, dark skin tone'), ('a shiny apple', 'a shiny apple'), ('grandma wearing eyeglasses', 'old woman wearing glasses'),
+    ('a cup of coffee', 'a cup of hot beverage'), ('two ravens.', 'two black bird'), ('scissor and a sock', 'scissors and a socks'), ('a cat that is just the best', 'a cat that is just the best'), ('a girafe and a unicron, Noto Style!', 'a giraffe and a unicorn, noto style'), ('"bannana"', '"banana"'), ('a coffee noto style', 'a hot beverage noto style'), ('a squirrel eating a nut', 'a chipmunk eating a nut'), ('red heart: noto style', 'red heart, noto style'), ("'red heart', noto style.", 'red heart , noto style'), ("two o'clock, 12:30 and Mrs. Claus", "two o'clock, 12:30 and mrs. claus"), ('a female astronaut, dark-skinned', 'a woman astronaut, dark skin tone'), ('a male elf and the female sign', 'a man elf and the female sign'), ('👩🏿‍⚖️ 🧑🏽‍🏫', 'woman judge, dark skin tone teacher, medium skin tone'), ('ON! arrow!', 'on! arrow'), ('there would be another storm', 'there would be another storm'), ('a shiny apple', 'a shiny apple'), ('grandma wearing eyeglasses', 'old woman wearing glasses'),
     ('a 🍎, please', 'a red apple , please'), ('a 👍🏽', 'a thumbs up, medium skin tone'), ('👩‍🚒🖤 ❤️', 'woman firefighter black heart red heart'), ('a ▲', 'a up-pointing triangle'), ('a corgi', 'a corgi'), ('a coffee emoji, please', 'a hot beverage emoji, please'), ('my coffee is hot', 'my hot beverage is hot'), ('a "coffee"', 'a "hot beverage"'), ('a coffee cup', 'a coffee cup'),
     ('process of duchess james', 'process of duchess james'), ('a cat and his', 'a cat and his'), ('sand in a hand', 'sand in a hand'), ('woman firefighter, medium skin tone, noto style', 'woman firefighter, medium skin tone, noto style')])
 def test_captions_are_spelled_in_known_words(clip, typed, read):
@@ -45,7 +45,7 @@ def test_captions_are_spelled_in_known_words(clip, typed, read):
 
 def test_every_emoji_is_read_as_its_name(clip):
     names = emoji_names()
-    assert len(names) > 2500 and clip.unknown_words([f'{emoji}, noto style' for emoji in names]) == []
+    assert len(names) > 3100 and clip.unknown_words([f'{emoji}, noto style' for emoji in names]) == []
     for emoji, name in names.items(): assert clip.tokenize.spell(f'a {emoji}.').replace(' .', '.') == clip.tokenize.spell(f'a {name}.').replace(' .', '.')
 
 
@@ -90,7 +90,7 @@ def test_captions_may_come_one_by_one(clip):
 
 
 def test_what_is_looked_up_is_told(clip):
-    assert clip.looked_up(['a cup of coffee', 'ravens and cats']) == {'coffee': 'hot beverage', 'ravens': 'black bird'} and clip.looked_up(['a red apple']) == {}
+    assert clip.looked_up(['a cup of coffee', 'ravens and cats']) == {'coffee': 'hot beverage', 'ravens': 'black bird'} and clip.looked_up(['a red apple']) == {} and clip.looked_up(['a girafe, notto style']) == {'girafe': 'giraffe', 'notto': 'noto'}
     assert clip.unknown_words(['draw me a coffee, please']) == [] and clip.unknown_words(['draw me a corgi']) == ['corgi']
     pipe = TextToImage.from_preset('emoji', 'cpu')
     with pytest.warns(UserWarning, match=r'reads others for them: coffee \(hot beverage\)$') as told: read = pipe.embed_captions(['a cup of coffee'])

@@ -15,6 +15,7 @@ from t2i.data import PreparedDataset
 from t2i.own_data import GENTLE, train_on
 from t2i.pipeline import TextToImage
 from t2i.train import make_config
+from t2i.translator import TranslatorTask
 
 
 @pytest.fixture(scope='module')
@@ -79,10 +80,12 @@ def test_going_on_in_another_way_is_refused(pictures, tmp_path):
 
 def test_added_pictures_leave_embeddings_as_the_weights_know_them(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path/'pictures')
-    pipes = []
+    pipes, held_out = [], []
     for added in (0, 20):
         for i in range(added): Image.new('RGB', (9, 9), 'red').save(tmp_path/f'pictures/more{i}.png'); (tmp_path/f'pictures/more{i}.txt').write_text('red')
         pipes.append(TextToImage.from_pretrained(train_on(tmp_path/'pictures', tmp_path/'run', 'smoke', scratch=True, device='cpu', progress=False), 'cpu'))
+        held_out += [TranslatorTask('smoke', tmp_path/'run/prepared').held_out_examples() for _ in range(2)]
+    assert held_out[0] == held_out[1] != held_out[2]
     assert len(PreparedDataset(tmp_path/'run/prepared/train')) > 50
     first, second = (p.embed_images(Image.new('RGB', (9, 9), 'blue')) for p in pipes)
     assert torch.equal(first, second)

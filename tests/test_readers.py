@@ -225,10 +225,10 @@ def test_pictures_with_a_table(tmp_path, kind):
     assert reasons(samples) == bad | ({f'captions.jsonl row {i}': 'malformed row' for i in (9, 10)} if kind == 'jsonl' else {})
 
 
-@pytest.mark.parametrize('text', ['file, caption\n{}, a cat\n', 'File;Caption\n{};a cat\n', '\ufeffFILE , CAPTION\n{},a cat\n'])
+@pytest.mark.parametrize('text', ['file, caption\n{}, "a cat, asleep"\n', 'File;Caption\n{};a cat, asleep\n', '\ufeffFILE , CAPTION\n{},"a cat, asleep"\n'])
 def test_tables_as_people_and_their_programs_write_them(tmp_path, text):
     (tmp_path/'captions.csv').write_text(text.format(own_pictures(tmp_path, 1)[0]), encoding='utf-8')
-    assert list(good(read(tmp_path)).values()) == [('a cat',)]
+    assert list(good(read(tmp_path)).values()) == [('a cat, asleep',)]
 
 
 def test_linked_folders_are_read_and_do_not_lead_in_circles(tmp_path):

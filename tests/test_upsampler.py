@@ -154,6 +154,16 @@ def test_a_folder_takes_a_label_for_each_picture(large, tmp_path):
     with pytest.raises(ValueError, match='labels.1 is 948 there and 7 now'): draw(4, [436, 7, 1, 2])
 
 
+@pytest.mark.parametrize('asked, seen', [(None, {1}), (2, {2})])
+def test_a_folder_is_enlarged_in_the_upsamplers_own_batches(large, tmp_path, monkeypatch, asked, seen):
+    "The decoder draws eight at once, or as many as are asked for."
+    sizes, enlarge, own = set(), super_resolve, large.preset.upsampler.sampling
+    monkeypatch.setitem(own, 'batch_size', 1)
+    monkeypatch.setattr('t2i.pipeline.super_resolve', lambda *args, **options: sizes.add(len(args[2])) or enlarge(*args, **options))
+    draw_to_folder(large, ['a red apple']*2, lambda: large.embed_captions(['a red apple']*2), tmp_path, 0, upsample=True, upsampler_label=436, batch_size=asked)
+    assert sizes == seen
+
+
 def test_pipeline_upsamples_pictures(large):
     pictures = [Image.new('RGB', (64, 64), c) for c in ('red', 'blue')]
     by_clip = large.upsample(pictures, generator=1)
@@ -312,6 +322,7 @@ def test_other_pictures_are_refused(own, pairs, tmp_path):
 def test_another_target_and_other_sizes_are_refused(own, pairs, tmp_path):
     for target in ('eps', 'v'):
         with pytest.raises(ValueError, match=f'target is {target}: set target = "x0"'): UpsamplerTask(Preset.nest(own | {'upsampler': own.upsampler | {'diffusion': own.upsampler.diffusion | {'target': target}}}), pairs/'prepared', pairs/'large')
+    with pytest.raises(ValueError, match='have 16 pixels a side, those in .* 64, and crops 30: each'): UpsamplerTask(Preset.nest(own | {'upsampler': own.upsampler | {'crop': 30}}), pairs/'prepared', pairs/'large')
     for size in (24, 128):
         save_pairs(tmp_path/str(size))
         path = tmp_path/str(size)/'prepared/train/0.safetensors'
