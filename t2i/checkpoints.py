@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .core import Preset, load_into, load_weights, save_weights
+from .core import Preset, check_learned, load_into, load_weights, save_weights
 from .data import Statistics, clip_probe, same_probe
 
 # %% ../nbs/lib/checkpoints.ipynb #baaf1363
@@ -66,12 +66,11 @@ def load_checkpoint(
     model: torch.nn.Module,  # of the sizes that the preset names
     name: str,  # 'translator', 'decoder' or 'upsampler'
     path: 'str | Path',
-    target: 'str | None' = None,  # what the preset takes the network's output for
+    learned: 'dict | None' = None,  # of the preset's process, see `Diffusion`
 ) -> torch.nn.Module:
     "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change."
     tensors, metadata = load_weights(path)
-    if target and metadata.get('target', target) != target:
-        raise ValueError(f"the {name} in {path} was trained to predict {metadata['target']} and the preset takes its output for {target}: set the target of its [diffusion] to {metadata['target']!r}")
+    check_learned(path, metadata, learned or {})
     return load_into(model, tensors, path, PRESET_KEYS[name])
 
 # %% ../nbs/lib/checkpoints.ipynb #b22f938e

@@ -61,6 +61,7 @@ class NoisyClassifier(UNet):
         "The classifier of a preset, with the weights that ship or those in `folder`; a preset without weights gets random ones."
         preset = load_preset(preset)
         if 'classifier' not in preset: raise ValueError(f"the preset {preset.name!r} has no classifier: add a [classifier] section, as the preset emoji has one, and train it")
+        if 'weights' not in preset and folder is None: raise FileNotFoundError(f"the preset {preset.name!r} ships no classifier: name the folder that holds one, NoisyClassifier.from_preset(…, folder=…)")
         if not (folder or preset.get('weights')):
             with fixed_seed(0): return make_classifier(preset, emoji_classes()).to(get_device(device)).eval()
         path = Path(folder or ASSETS/preset.weights)/'classifier.safetensors'

@@ -285,11 +285,12 @@ class CLIP:
     @torch.no_grad()
     def encode_images(
         self,
-        images,  # PIL pictures of any size, or a uint8 array [N, H, W, 3]
+        images,  # PIL pictures of any size, or a uint8 array or tensor [N, H, W, 3]
         normalize: bool = False,  # scale to unit length
         batch_size: int = 64,
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
+        if isinstance(images, torch.Tensor): images = images.cpu().numpy()
         if not isinstance(images, np.ndarray): images = pil_pictures(images)
         elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")

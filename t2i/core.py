@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'S
            'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'fixed_seed', 'image_seeds',
            'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8',
            'pil_pictures', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
-           'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
+           'check_learned', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -72,7 +72,7 @@ def load_preset(
 
 NETWORKS = 'decoder', 'upsampler', 'classifier'  # sections that set up a U-Net
 MORE_KEYS = dict.fromkeys(('diffusion.robust', 'decoder.scale_shift', 'decoder.rescale_attention', 'decoder.linear_projection'), 'true or false') | {'upsampler.sampling.label': 'a whole number'}  # in none of the package's presets
-COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'model_channels', 'width', 'expansion'}
+COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'context_length', 'model_channels', 'channel_mult', 'num_res_blocks', 'num_head_channels', 'num_heads', 'pixel_unshuffle', 'seam_unshuffle', 'width', 'expansion'}
 SHARES = {'drop', 'dropout', 'mirror', 'augment', 'recoloured', 'composed', 'redrawn', 'share'}
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', list: 'a list', dict: 'a section', object: 'a date'}
 
@@ -96,7 +96,7 @@ def _check_preset(path, read):
         known.setdefault(section, {}).setdefault(key, set()).add(kind)
     for name, value in flat(read).items():
         section, _, key = name.rpartition('.')
-        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish')) else []
+        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish')) else [s for s in known if s.startswith('train.')] if section.startswith('train.') else []
         alike = [known.get(s, {}) for s in {section, *others}]
         keys, kinds = set().union(*alike), set().union(*(s.get(key, ()) for s in alike))
         if 'a number' in kinds: kinds.add('a whole number')
@@ -105,7 +105,7 @@ def _check_preset(path, read):
             raise ValueError(f"{path} has {what} {key!r}, which no preset of the package has: use one of {', '.join(difflib.get_close_matches(key, keys, 3) or sorted(keys))}")
         if kinds and _kind(value) not in kinds: raise ValueError(f"in {path}, {name} is {value!r}: it should be {' or '.join(sorted(kinds))}")
         if key in SHARES and not (isinstance(value, (int, float)) and 0 <= value <= 1): raise ValueError(f"in {path}, {name} is {value!r}: it is a share, from 0 to 1")
-        if key in COUNTS and isinstance(value, (int, float)) and value < 1: raise ValueError(f"in {path}, {name} is {value!r}: it must be at least 1")
+        if key in COUNTS and any(isinstance(v, (int, float)) and v < 1 for v in (value if isinstance(value, list) else [value])): raise ValueError(f"in {path}, {name} is {value!r}: it must be at least 1")
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
@@ -424,16 +424,25 @@ def load_weights(
     dtype: 'torch.dtype | None' = torch.float32,  # floating-point tensors are returned as this; None: as they are stored
 ) -> tuple:
     "→ (tensors by name, and the metadata). Nothing in the file is run. A missing or damaged file, or a pickle that wants more than tensors, is told in one sentence."
-    from safetensors import SafetensorError
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} are missing: correct the path, reinstall the package for the shipped ones, or train them with `t2i train`")
     read = {'.safetensors': _read_safetensors, '.pt': _read_torch, '.npy': _read_npy}[_file_type(path)]
     try: tensors, metadata = read(path)
     except _Refused: raise
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:  # of a damaged file the formats' libraries raise whatever they stumble over
         raise ValueError(f"{path} is not a complete {path.suffix[1:]} file ({path.stat().st_size:,} bytes): copy or download it again") from None
     return {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}, metadata
+
+
+def check_learned(
+    source,  # a file of weights, for the message
+    metadata: dict,  # of the weights
+    learned: dict,  # of the preset's process, see `Diffusion`
+):
+    "Refuse weights that were trained with another process, as far as their metadata say so."
+    for key, now in learned.items():
+        if (was := metadata.get(key, now)) != now: raise ValueError(f"{source} is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key} in its [diffusion] to {was!r}, or take other weights")
 
 
 def load_into(

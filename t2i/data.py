@@ -14,7 +14,7 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
-import io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
+import hashlib, io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -292,6 +292,7 @@ def write_shards(table: pd.DataFrame, out, rows_per_shard: int = 4000) -> list:
     for i, path in enumerate(paths):
         with atomic_path(path) as tmp:
             table.iloc[i*rows_per_shard:(i + 1)*rows_per_shard].to_parquet(tmp, index=False, compression='zstd')
+    for path in set(Path(out).glob('[0-9]*.parquet')) - set(paths): path.unlink()  # of a longer table that was there before
     return paths
 
 # %% ../nbs/01_data.ipynb #4781a6e3
@@ -525,6 +526,10 @@ class Statistics:
 
     def save(self, path): return save_weights(path, self.state_dict(), {'probe': self.probe} if self.probe else None)
 
+    def digest(self) -> str:
+        "16 hexadecimal digits that change with what embeddings of pictures are standardised by."
+        return hashlib.blake2b(torch.cat([self.image.mean, self.image.std]).float().numpy(), digest_size=8).hexdigest()
+
     @classmethod
     def unit(cls, size): return cls(*(Standardizer(torch.zeros(size), torch.ones(size)) for _ in range(2)))
 
@@ -711,7 +716,8 @@ def prepare(
 def _named(sources, class_captions) -> list:
     "The raw shards of all sources, each under the name of its folder."
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    shards = [Shard(f"{Path(os.path.abspath(f)).name}-{s.name}", s.signature, s.read) for f in sources for s in find_shards(f, class_captions)]
+    shards = [Shard(f"{Path(os.path.abspath(f)).name}-{s.name}".lstrip('.'), s.signature, s.read) for f in sources for s in find_shards(f, class_captions)]  # a dot would say that it is not finished
+    if class_captions and [s.signature for s in shards] == [s.signature for f in sources for s in find_shards(f)]: raise ValueError("--class-captions is for ImageNet's classes, and none of the sources has any: leave it out")
     twice = [n for n, k in pd.Series([s.name for s in shards]).value_counts().items() if k > 1]
     if twice: raise ValueError(f"two raw shards would both become {twice[0]}: give the folders of the sources different names")
     return shards

@@ -239,7 +239,7 @@ class DecoderTask(Task):
         drawn = [decode(process, model, row, generator=0, sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale, thresholding=s.thresholding, percentile=s.percentile).cpu() for row in rows]
         return image_grid(torch.cat([from_uint8(images), *drawn]), columns=len(images))
 
-    def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'target': self.diffusion.target}
+    def metadata(self): return {'preset': self.preset.name, 'stage': 'decoder', 'statistics': self.statistics.digest(), **self.diffusion.learned}
 
 # %% ../nbs/03_decoder.ipynb #fbb6f190
 GPUS = {'V100': (125, 32), 'A100': (312, 80), 'H100': (989, 80), 'H200': (989, 141)}  # peak TFLOP/s of dense 16-bit matrix products, GB of memory

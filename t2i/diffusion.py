@@ -53,9 +53,10 @@ class Diffusion:
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
         if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
         if not isinstance(timesteps, numbers.Integral) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
-        if snr_range is not None and not 0 <= snr_range[0] < snr_range[1]: raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
+        if snr_range is not None and not (isinstance(snr_range, (list, tuple)) and [isinstance(v, numbers.Real) for v in snr_range] == [True, True] and 0 <= snr_range[0] < snr_range[1]): raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
         self.target, self.vlb_weight, self.snr_range, self.robust, self.exposure_bias = target, vlb_weight, snr_range, robust, 0.
+        self.learned = {'target': target, 'schedule': schedule, 'timesteps': timesteps}  # what a network that was trained with this process depends on
         alphas_cumprod = (1 - SCHEDULES[schedule](timesteps)).cumprod(0)
         self.trained = self  # what respacing and expecting errors leave as it is: the process that a network is trained with
         self._tabulate(alphas_cumprod, torch.arange(timesteps))

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from .checkpoints import find_checkpoint, load_statistics
 from .clip import CLIP
 from .core import ASSETS, load_preset, save_json
-from .data import prepare
+from .data import Statistics, prepare
 from .pipeline import TextToImage, load_model
 from .train import check_hours, train
 
@@ -48,6 +48,7 @@ def train_on(
     if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
     report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
     if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures" + (f", or mend those of {out/'prepared/report.json'} that were skipped" if report['skipped'] else ''))
+    if Statistics.load(out/'prepared/statistics.safetensors').text is None: raise ValueError("none of the pictures has a caption, and the translator learns from captions: put a .txt beside each picture, or one .csv with the columns file and caption")
     if PartialState().is_main_process: save_json(start, {'scratch': shipped is None})
     if on_prepared and PartialState().is_main_process: on_prepared(report)
     begun = out/'statistics.safetensors'  # what the weights are used to, whatever pictures are added

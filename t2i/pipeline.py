@@ -37,15 +37,14 @@ def _memory_for(n: int, pixels: int):
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
 
 
-def _target(preset, name: str) -> 'str | None':
-    "What a model's output is taken for; the translator's is an embedding."
-    section = {'decoder': preset, 'upsampler': preset.get('upsampler')}.get(name)
-    return section and section.diffusion.target
+def _learned(preset, name: str) -> dict:
+    "What a model learned of its diffusion process; the translator has none."
+    return {'decoder': make_diffusion, 'upsampler': make_upsampler_diffusion}[name](preset).learned if name != 'translator' else {}
 
 
 def load_model(name: str, preset, path):
-    "The network `name` of MODELS, as a preset has it, with the weights in a file; a `ValueError` if they are of another size or target."
-    return load_checkpoint(MODELS[name](preset), name, path, _target(preset, name))
+    "The network `name` of MODELS, as a preset has it, with the weights in a file; a `ValueError` if they are of another size or process."
+    return load_checkpoint(MODELS[name](preset), name, path, _learned(preset, name))
 
 
 class TextToImage:
@@ -112,7 +111,7 @@ class TextToImage:
         self.clip.save(folder/'clip.safetensors', dtype)
         self.statistics.save(folder/'statistics.safetensors')
         for name in MODELS:
-            if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name, 'target': _target(self.preset, name)}, dtype)
+            if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name, **_learned(self.preset, name)}, dtype)
         save_json(folder/'config.json', {k: v for k, v in self.preset.items() if k not in ('weights', 'train')})
         return folder
 

@@ -140,4 +140,4 @@ class TranslatorTask(Task):
         device = next(model.parameters()).device
         return translator_validation(model, *(v.to(device) for v in self.held_out_pairs))
 
-    def metadata(self): return {'preset': self.preset.name, 'stage': 'translator'}
+    def metadata(self): return {'preset': self.preset.name, 'stage': 'translator', 'statistics': self.statistics.digest()}

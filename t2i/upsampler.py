@@ -319,4 +319,4 @@ class UpsamplerTask(Task):
         size = drawn.shape[-2:]
         return image_grid(torch.cat([F.interpolate(low_res, size), F.interpolate(low_res, size, mode='bicubic'), drawn, from_uint8(large.images(i))]), columns=len(i))
 
-    def metadata(self): return {'preset': self.preset.name, 'stage': 'upsampler', 'target': self.diffusion.target}
+    def metadata(self): return {'preset': self.preset.name, 'stage': 'upsampler', 'statistics': self.statistics.digest(), **self.diffusion.learned}

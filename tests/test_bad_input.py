@@ -23,6 +23,7 @@ from t2i.clip import CLIP
 from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.decoder import DecoderTask, decoder_loss
+from t2i.diffusion import Diffusion
 from t2i.guidance import classifier_free
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.translator import TranslatorTask
@@ -523,21 +524,103 @@ def test_packing_an_own_preset_leaves_the_weights_that_ship(tmp_path):
 
 def test_weights_of_another_target(tmp_path):
     mine = own_preset(tmp_path, 'emoji', target='"eps"')
-    with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for eps"): TextToImage.from_preset(mine, 'cpu')
+    with pytest.raises(ValueError, match="decoder.safetensors is of a network that was trained with the target 'x0', and the preset's is 'eps'"): TextToImage.from_preset(mine, 'cpu')
+
+
+def test_a_folder_brings_its_own_preset(pipe, tmp_path):
+    "What draws from it on the command line draws as the pipeline that was saved there; a preset that is named goes first."
+    pipe.save_pretrained(tmp_path/'saved')
+    config = json.loads((tmp_path/'saved/config.json').read_text())
+    config['sampling'] |= {'guidance_scale': 1.25, 'steps': 3}
+    (tmp_path/'saved/config.json').write_text(json.dumps(config))
+    scales = []
+    for i, options in enumerate([(), ('--preset', 'smoke')]):
+        done = shell('generate', 'a red apple', '--folder', tmp_path/'saved', '--seed', 1, '--out', tmp_path/f'{i}', *options)
+        assert done.exit_code == 0, done.output
+        scales.append(json.loads((tmp_path/f'{i}/settings.json').read_text())['sampling']['guidance_scale'])
+    assert scales == [1.25, load_preset('smoke').sampling.guidance_scale]
+
+
+def test_stages_that_learned_with_other_statistics_are_not_packed_together(shards, tmp_path, monkeypatch):
+    "Embeddings that are standardised in another way shift what a decoder draws, and nothing else would tell."
+    few = tmp_path/'few'
+    data.write_shards(load_emoji()[:200], few)
+    for name, source in (('one', shards[0]), ('other', few)): prepare(CLIP.from_preset('smoke', 'cpu'), source, tmp_path/name, load_preset('smoke').data.image_size, progress=False)
+    assert shell('train', 'translator', '--preset', 'smoke', '--prepared', tmp_path/'one', '--out', tmp_path/'run').exit_code == 0
+    pack = lambda prepared: shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run', '--prepared', tmp_path/prepared, '--out', tmp_path/'packed')
+    says(pack('other'), 'the translator in', 'other statistics', '--prepared')
+    assert not (tmp_path/'packed/translator.safetensors').exists() and pack('one').exit_code == 0
+
+
+def test_a_shorter_table_leaves_no_shard_of_a_longer_one(tmp_path):
+    table = load_emoji()[:30]
+    data.write_shards(table, tmp_path, 10)
+    data.write_shards(table[:12], tmp_path, 10)
+    assert list(load_emoji(folder=tmp_path).key) == list(table.key[:12])
+
+
+def test_a_source_whose_name_begins_with_a_dot(pipe, shards, tmp_path):
+    shards[0].rename(tmp_path/'.shards')
+    prepare(pipe.clip, tmp_path/'.shards', tmp_path/'prepared', progress=False)
+    assert len(data.PreparedDataset(tmp_path/'prepared/train')) == 22
+
+
+def test_captions_of_classes_where_there_are_none(shards, tmp_path):
+    says(shell('prepare', '--preset', 'smoke', '--source', shards[0], '--out', tmp_path/'out', '--class-captions'), "--class-captions is for ImageNet's classes", 'leave it out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_first_weight_that_is_missing_is_told_of_before_anything_is_trained(weights, tmp_path):
+    mine = tmp_path/'mine.toml'
+    mine.write_text((PRESETS/'smoke.toml').read_text())
+    (tmp_path/'some').mkdir(); shutil.copy(weights/'clip.safetensors', tmp_path/'some')
+    says(shell('train', '--preset', mine, '--initial', tmp_path/'some', '--out', tmp_path/'run'), 'has no translator.safetensors')
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_classifier_of_a_preset_that_ships_none_is_not_made_up(tmp_path):
+    from t2i.classifier import NoisyClassifier
+    with pytest.raises(FileNotFoundError, match="ships no classifier: name the folder"): NoisyClassifier.from_preset(Preset({k: v for k, v in load_preset('emoji').items() if k != 'weights'}), 'cpu')
+
+
+def test_pictures_in_a_tensor(pipe):
+    "Of bytes, as prepared shards hold them; other kinds are told what to be."
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    assert torch.equal(pipe.embed_images(torch.from_numpy(pictures)), pipe.embed_images(pictures))
+    with pytest.raises(ValueError, match=r'an array \[2, 3, 64, 64\] of float32: give PIL'): pipe.embed_images(torch.zeros(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize('name, content', [('a.pt', b'hello'), ('b.pt', b'\x80\x02]q\x00.'), ('c.npy', b'\x93NUMPY\x01\x00v\x00{('), ('d.safetensors', b'\x08' + bytes(7) + b'{"a": 1}')])
+def test_files_of_weights_that_are_none(name, content, tmp_path):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError, match=f'{name} is not a complete {name[2:]} file'): load_weights(tmp_path/name)
+
+
+@pytest.mark.parametrize('section, key, value', [('train.clip', 'cpu', '5'), ('decoder', 'pixel_unshuffle', '0'), ('decoder', 'channel_mult', '[0]'), ('decoder', 'num_res_blocks', '-1'), ('decoder', 'num_head_channels', '0'), ('clip', 'context_length', '0')])
+def test_values_that_no_network_could_have(section, key, value, tmp_path):
+    text = re.sub(rf'(?m)(^\[{section}\]$(?:\n(?!\[).*)*?)\n{key} = .*', r'\1', (PRESETS/'emoji.toml').read_text())
+    (tmp_path/'mine.toml').write_text(text.replace(f'[{section}]\n', f'[{section}]\n{key} = {value}\n'))
+    with pytest.raises(ValueError, match=rf'in .*mine.toml, {section}.{key} is'): load_preset(tmp_path/'mine.toml')
+
+
+@pytest.mark.parametrize('bounds', [[1], [], [1, 2, 3], ['a', 'b'], 5])
+def test_bounds_of_the_weight_that_are_none(bounds):
+    with pytest.raises(ValueError, match='give two numbers, 0 ≤ low < high'): Diffusion(snr_range=bounds)
 
 
 def test_a_decoder_of_another_target_teaches_no_upsampler(tmp_path):
-    with pytest.raises(ValueError, match="decoder.safetensors was trained to predict x0 and the preset takes its output for v"): _trained('decoder', load_preset(own_preset(tmp_path, 'emoji', target='"v"')), tmp_path)
+    with pytest.raises(ValueError, match="decoder.safetensors is of a network that was trained with the target 'x0', and the preset's is 'v'"): _trained('decoder', load_preset(own_preset(tmp_path, 'emoji', target='"v"')), tmp_path)
 
 
 @pytest.mark.parametrize('name', ['decoder', 'upsampler'])
-def test_the_target_is_kept_with_a_saved_pipeline(name, tmp_path):
+@pytest.mark.parametrize('key, was, now', [('target', 'x0', 'v'), ('schedule', 'cosine', 'linear'), ('timesteps', 1000, 500)])
+def test_the_process_is_kept_with_a_saved_pipeline(name, key, was, now, tmp_path):
     "And compared when it is loaded."
     TextToImage.from_preset('emoji', 'cpu').save_pretrained(tmp_path, torch.float16)
     config = json.loads((tmp_path/'config.json').read_text())
-    (config if name == 'decoder' else config['upsampler'])['diffusion']['target'] = 'v'
+    (config if name == 'decoder' else config['upsampler'])['diffusion'][key] = now
     (tmp_path/'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f'the {name} in .* was trained to predict x0 and the preset takes its output for v'): TextToImage.from_pretrained(tmp_path, 'cpu')
+    with pytest.raises(ValueError, match=f"{name}.safetensors is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key}"): TextToImage.from_pretrained(tmp_path, 'cpu')
 
 
 def test_prepared_with_another_clip_than_the_presets(pipe, shards, tmp_path):

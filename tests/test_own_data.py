@@ -107,6 +107,15 @@ def test_few_described_pictures_among_many_have_a_validation_split(tmp_path):
     assert sum(getattr(s, 'split', '') == 'validation' for shard in find_shards(tmp_path) for s in shard) == 1
 
 
+@pytest.mark.parametrize('scratch', [True, False])
+def test_pictures_without_captions_are_told_so(tmp_path, scratch):
+    for i in range(40):
+        path = tmp_path/f'data/{"ab"[i % 2]}/{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (6*i, 0, 0)).save(path)
+    with pytest.raises(ValueError, match='none of the pictures has a caption, .* put a .txt beside each'): train_on(tmp_path/'data', tmp_path/'run', 'smoke', scratch=scratch, device='cpu', progress=False)
+
+
 def test_two_processes_prepare_and_train(pictures, tmp_path):
     "Prepare, train both stages, load: all of it shared by two processes."
     assert finish(launch(2, train_on, pictures, tmp_path, 'smoke', 0.5, True, 0, 'cpu', False)) == [0, 0]

@@ -231,6 +231,23 @@ def test_tables_as_people_and_their_programs_write_them(tmp_path, text):
     assert list(good(read(tmp_path)).values()) == [('a cat, asleep',)]
 
 
+def test_a_caption_cut_by_its_own_comma_is_skipped(tmp_path):
+    "What stands before the comma is another caption. Empty fields at the end of a row, as spreadsheets write them, are none."
+    first, second, third = own_pictures(tmp_path, 3)
+    (tmp_path/'captions.csv').write_text(f'file,caption\n{first},a red, shiny apple\n{second},"a red, shiny apple"\n{third},an apple,,\n')
+    samples = read(tmp_path)
+    assert good(samples) == {second: ('a red, shiny apple',), third: ('an apple',)}
+    assert reasons(samples)['captions.csv row 1'].startswith('more fields than columns: quote')
+
+
+def test_files_of_img2dataset_are_found_beside_its_table(tmp_path):
+    "Its default writes single files, and a Parquet file without pictures."
+    (tmp_path/'00000').mkdir()
+    for i in range(2): (tmp_path/f'00000/{i:09}.jpg').write_bytes(picture(format='JPEG')); (tmp_path/f'00000/{i:09}.txt').write_text(f'number {i}')
+    pd.DataFrame({'url': ['a', 'b'], 'caption': ['number 0', 'number 1']}).to_parquet(tmp_path/'00000.parquet')
+    assert good(read(tmp_path)) == {f'00000/{i:09}.jpg': (f'number {i}',) for i in range(2)}
+
+
 def test_linked_folders_are_read_and_do_not_lead_in_circles(tmp_path):
     (tmp_path/'all/cats').mkdir(parents=True); (tmp_path/'some').mkdir()
     (tmp_path/'all/cats/1.png').write_bytes(picture()); (tmp_path/'all/cats/1.txt').write_text('a cat')

@@ -239,7 +239,8 @@ def test_a_finished_training_says_so(tmp_path, capsys):
     assert capsys.readouterr().out.count('has used up what it was given (5 steps in 0.00 hours): nothing is left to train') == 1
 
 
-@pytest.mark.parametrize('key, value, words', [('steps', 0, 'more than 0'), ('log_every', 0, 'more than 0'), ('clip_norm', 0., 'more than 0'), ('ema', 1.5, 'from 0'), ('keep_best', 'val', 'use one of')])
+@pytest.mark.parametrize('key, value, words', [('steps', 0, 'more than 0'), ('log_every', 0, 'more than 0'), ('clip_norm', 0., 'more than 0'), ('ema', 1.5, 'from 0'), ('keep_best', 'val', 'use one of'),
+                         ('micro_batch', '8', 'a whole number'), ('steps', 2.5, 'a whole number'), ('betas', [0.9], 'two numbers'), ('compile', 1, 'true or false'), ('learning_rate', '1e-3', 'a number'), ('cpu', 5, 'a section')])
 def test_settings_that_make_no_sense(tmp_path, key, value, words):
     class Validated(Line):
         def validate(self, model): return {'validation_loss': 1.}
@@ -332,6 +333,12 @@ def test_a_training_that_stops_early_is_over(tmp_path, capsys):
     assert train(Judged(), early, tmp_path, device='cpu', progress=False).read_bytes() == best
     told = capsys.readouterr().out
     assert 'stopped early (15 steps), after 2 validations without a better one: nothing is left to train; raise patience' in told and 'give more' not in told
+
+
+def test_a_training_stopped_before_its_first_validation_has_weights(tmp_path):
+    "Those it has come to; the path that is returned exists."
+    early = LINE | dict(steps=3, validate_every=50, keep_best='validation_loss')
+    assert load_weights(train(Judged(), early, tmp_path, device='cpu', progress=False))[1]['step'] == 3
 
 
 def test_the_best_on_other_examples_is_no_measure(tmp_path):
@@ -448,7 +455,7 @@ def test_a_training_that_cannot_draw_is_saved(tmp_path):
 
 def test_a_checkpoint_of_another_target(tmp_path):
     flat(tmp_path)
-    with pytest.raises(ValueError, match="learned to predict x0, and the preset's target is eps"): flat(tmp_path, SHORT | {'steps': 30}, target='eps')
+    with pytest.raises(ValueError, match="trained with the target 'x0', and the preset's is 'eps'"): flat(tmp_path, SHORT | {'steps': 30}, target='eps')
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 20
 
 
@@ -474,7 +481,7 @@ def test_energy_is_asked_of_the_gpus_that_train(tmp_path, monkeypatch):
 
 def test_weights_of_another_target_are_no_start(tmp_path):
     flat(tmp_path/'x0')
-    with pytest.raises(ValueError, match=r"weights.safetensors is of a network that learned to predict x0, and the preset's target is eps"): flat(tmp_path/'eps', target='eps', initial=tmp_path/'x0/weights.safetensors')
+    with pytest.raises(ValueError, match=r"weights.safetensors is of a network that was trained with the target 'x0', and the preset's is 'eps'"): flat(tmp_path/'eps', target='eps', initial=tmp_path/'x0/weights.safetensors')
 
 
 def test_a_decoder_says_what_it_predicts(tmp_path):
