@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'PUBLISHED', 'PUBLISHED_STATISTICS', 'PRESET_KEYS', 'PLAIN_CAPTIONS', 'find_checkpoint', 'load_checkpoint',
-           'load_statistics', 'check_clip', 'convert', 'average_weights', 'fetch_folder', 'load_config']
+           'load_statistics', 'check_clip', 'convert', 'average_weights', 'fetch_folder', 'save_config', 'load_config']
 
 # %% ../nbs/lib/checkpoints.ipynb #9b1064b8
 import json, re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .core import Preset, check_learned, load_into, load_weights, save_weights
+from .core import Preset, check_learned, load_into, load_weights, save_json, save_weights
 from .data import Statistics, clip_probe, same_probe
 
 # %% ../nbs/lib/checkpoints.ipynb #baaf1363
@@ -180,6 +180,13 @@ def fetch_folder(
     try: return Path(snapshot_download(str(source), allow_patterns=['config.json', '*.safetensors']))
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{source} is no folder here, and the Hugging Face Hub did not give it ({type(e).__name__}): check the name and the network") from None
+
+
+def save_config(folder: 'str | Path', preset: Preset) -> Path:
+    "The preset's sizes and settings as config.json beside its models, for `load_config`."
+    path = Path(folder)/'config.json'
+    save_json(path, {k: v for k, v in preset.items() if k not in ('weights', 'train')})
+    return path
 
 
 def load_config(

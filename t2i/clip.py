@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, save_weights, square, from_uint8
-from .colours import COLOURS, coloured
+from .colours import COLOURS, SHADES, coloured
 from .data import AROUND, STYLES, TONES, decodable, emoji_names, emoji_pattern, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task, mixed
 
@@ -72,15 +72,17 @@ class Vocabulary:
 
     @cached_property
     def _things(self):
-        "The words of the things that a synonym stands for, and of the styles."
+        "The words of the things that a synonym stands for and of the styles; and the synonyms that are one word."
         names = {*self.synonyms().values()}
-        return sorted(w for w in set(re.findall(r'[a-z]{4,}', ' '.join([*names, *STYLES]).lower())) if self.knows(w)) if names else []
+        things = {w for w in re.findall(r'[a-z]{4,}', ' '.join([*names, *STYLES]).lower()) if self.knows(w)} if names else set()
+        return sorted(things), sorted(w for w in self.synonyms() if re.fullmatch('[a-z]{5,}', w))
 
     def _mend(self, word):
         "A word that is no word, as far as CLIP's tokeniser can tell, as the thing's name that it is a slip away from."
         if word not in self.mended:
             right = self.knows(word) or len(self.tokenizer.encode(word)) == 1 or {word, word.removesuffix('s')} & self.synonyms().keys()
-            self.mended[word] = word if right else max((w for w in self._things if _slip(word, w)), key=len, default=word)
+            meant = ([w for w in words if _slip(word, w)] for words in self._things)
+            self.mended[word] = word if right else max(next(filter(None, meant), [word]), key=len)
         return self.mended[word]
 
     def _plain(self, caption, mend=True):
@@ -100,6 +102,8 @@ class Vocabulary:
         text = re.sub(r'[^\w\s]', words, caption.replace('\u200d', ' '))  # what is left is none of the standard's
         text = re.sub(r'\w{2,}[^\Ws]s\b', singular, text.lower())
         text = re.sub(r'[- ]skinned\b|[- ]toned skin\b', ' skin tone', text)
+        text = re.sub(r'\bgray\b', 'grey', text)
+        text = re.sub(rf'(?!{NOUN})\b({"|".join(SHADES)})\b', lambda found: found[0] if self.knows(found[0]) else SHADES[found[0]], text)
         text = re.sub(rf'(?!{NOUN})\b(fe)?male (?!signs?\b|symbols?\b)', lambda found: 'woman ' if found[1] else 'man ', text)
         text = re.sub(SIGNS, lambda found: ' ' if found[0] in "'’" else ', ', text).rstrip(' ,')
         return re.sub(r'[^\W\d_]{5,}', lambda found: self._mend(found[0]), text) if mend else text
@@ -291,7 +295,7 @@ class CLIP:
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
         if isinstance(images, torch.Tensor): images = images.cpu().numpy()
-        if not isinstance(images, np.ndarray): images = pil_pictures(images)
+        if getattr(images, 'ndim', 3) == 3: images = pil_pictures(images)
         elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
         elif not len(images): raise ValueError("there are no pictures to encode: give at least one")
@@ -320,7 +324,10 @@ class CLIP:
         captions = check_captions(captions)
         out = []
         for i in range(0, len(captions), batch_size):
-            with autocast(self.device): out.append(self.model.encode_text(self.tokenize(captions[i:i + batch_size]).to(self.device)).float().cpu())
+            tokens = self.tokenize(captions[i:i + batch_size]).to(self.device)
+            n = len(tokens)
+            if n == 1: tokens = tokens.expand(2, -1)  # a product with one row is rounded in another way, and a caption should mean the same alone as among others
+            with autocast(self.device): out.append(self.model.encode_text(tokens)[:n].float().cpu())
         out = torch.cat(out)
         return F.normalize(out, dim=-1) if normalize else out
 

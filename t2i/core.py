@@ -292,14 +292,22 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x.detach().float().clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _from_array(image):
+    "A picture [H, W, 3] of bytes, in an array or a tensor, as a PIL picture; anything else as it is."
+    if isinstance(image, torch.Tensor): image = image.cpu().numpy()
+    return Image.fromarray(image) if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 else image
+
+
 def pil_pictures(
-    images,  # one PIL picture or several
+    images,  # one PIL picture or uint8 [H, W, 3], or several
     name: str = 'images',  # what the caller calls them
 ) -> list:
     "PIL pictures as a list of at least one; a `ValueError` if they are something else, such as paths."
-    images = [images] if isinstance(images, (Image.Image, str, Path, type(None))) else list(images)
-    wrong = ' and '.join(sorted({type(i).__name__ for i in images if not isinstance(i, Image.Image)}))
-    if wrong or not images: raise ValueError(f"{name} holds {wrong or 'nothing'} and should hold PIL pictures: open a file with PIL.Image.open(path)")
+    one = isinstance(images, (Image.Image, str, Path, type(None))) or getattr(images, 'ndim', 4) == 3
+    images = list(map(_from_array, [images] if one else images))
+    wrong = {f"{'×'.join(map(str, i.shape))} of {i.dtype}" if isinstance(i, (np.ndarray, torch.Tensor)) else 'a picture of floating-point numbers' if getattr(i, 'mode', '') == 'F' else type(i).__name__
+             for i in images if not isinstance(i, Image.Image) or i.mode == 'F'}
+    if wrong or not images: raise ValueError(f"{name} holds {' and '.join(sorted(wrong)) or 'nothing'} and should hold PIL pictures or arrays [H, W, 3] of uint8: open a file with PIL.Image.open(path)")
     return images
 
 

@@ -360,7 +360,7 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/01_data.ipynb #745ea10c
 def find_picture(
-    what: 'str | int | Path',  # a file, the id of a COCO picture, or the caption of an emoji
+    what: 'str | int | Path',  # a file, the id of a COCO picture, or an emoji: its caption, or its name or the emoji itself for the one of noto
     data: 'str | Path | None' = None,  # folder of MS-COCO, for ids
 ) -> Image.Image:
     "A picture that an experiment starts from, RGB."
@@ -370,9 +370,10 @@ def find_picture(
     if Path(what).suffix.lower() in PICTURES:
         if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
         return on_white(Image.open(what))
-    emoji = load_emoji(None, ['image', 'caption'])
-    if what not in set(emoji.caption): raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or the caption of an emoji, such as 'red apple, noto style'")
-    return decode_image(emoji.image[emoji.caption == what].iloc[0])
+    emoji, name = load_emoji(None, ['image', 'caption']), emoji_names().get(str(what).replace('\ufe0f', ''), what)
+    found = emoji.image[emoji.caption.isin([name, f'{name}, noto style'])]
+    if found.empty: raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red apple, noto style', its name or itself")
+    return decode_image(found.iloc[0])
 
 # %% ../nbs/01_data.ipynb #49769f2f
 @cache
@@ -709,7 +710,7 @@ def prepare(
         writer.shutdown()
     _wait(out, shards)
     report, = broadcast_object_list([_merge(out, shards) if state.is_main_process else None])
-    if not report['splits'].get('train'): raise ValueError(f"none of the {report['samples']} samples is for training ({report['prepared']} could be prepared, for validation or test): give more pictures; {out/'report.json'} says what is wrong with others")
+    if not report['splits'].get('train'): raise ValueError(f"none of the {report['samples']} samples is for training: " + (f"{report['prepared']} could be prepared, all for validation or test, so give more pictures" if report['prepared'] else f"{', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())}; {out/'report.json'} names them"))
     return report
 
 

@@ -64,5 +64,6 @@ def train_on(
             initial = find_checkpoint(shipped, stage)
         weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9), initial=initial, progress=progress)
         models[stage] = load_model(stage, preset, weights)
+    if shipped and (path := find_checkpoint(shipped, 'upsampler', optional=True)): models['upsampler'] = load_model('upsampler', preset, path)  # it reads the same embeddings as before
     if PartialState().is_main_process: TextToImage(clip, **models, statistics=task.statistics, preset=preset).save_pretrained(out, torch.float16)
     return out

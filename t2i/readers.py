@@ -388,7 +388,8 @@ FILE_COLUMNS, CAPTION_COLUMNS = ('file', 'file_name', 'filename', 'image', 'path
 
 def _table_rows(path):
     "(file, captions) of each row of a CSV, TSV or JSONL; `Skipped` for a row that is none."
-    with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
+    with open(path, 'rb') as f: wide = f.read(2) in (b'\xff\xfe', b'\xfe\xff')  # a spreadsheet's "Unicode text"
+    with open(path, encoding='utf-16' if wide else 'utf-8-sig', errors='surrogateescape', newline='') as f:
         if path.suffix == '.jsonl': rows = map(_parse_line, f)
         else:
             first = f.readline()

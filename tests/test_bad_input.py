@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from t2i import data
 from t2i.cli import _trained, app
-from t2i.checkpoints import check_clip, load_statistics
+from t2i.checkpoints import check_clip, load_config, load_statistics
 from t2i.clip import CLIP
-from t2i.core import PRESETS, Preset, load_preset, load_weights, save_weights
+from t2i.core import ASSETS, PRESETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.decoder import DecoderTask, decoder_loss
 from t2i.diffusion import Diffusion
@@ -297,8 +297,9 @@ def test_a_terminal_without_a_sign(monkeypatch, tmp_path):
     assert out.getvalue() == b'3 ? 3\n'
 
 
-def test_packing_a_preset_without_a_place_for_weights(tmp_path):
-    says(shell('pack', '--preset', 'thesis', '--runs', tmp_path), "'thesis'", '--out')
+@pytest.mark.parametrize('given, words', [({'guidance_scale': '3'}, "guidance_scale is '3': give a number"), ({'exposure_bias': 'a'}, "exposure_bias is 'a'"), ({'num_images_per_prompt': '2'}, "per_prompt is '2': it is a whole number"), ({'num_images_per_prompt': True}, 'per_prompt is True')])
+def test_settings_of_another_kind(pipe, given, words):
+    with pytest.raises(ValueError, match=words): pipe('a red apple', **given)
 
 
 def test_bytes_that_are_no_picture():
@@ -459,9 +460,9 @@ def test_settings_that_are_incomplete(pipe, content, tmp_path):
 
 
 # -- pictures that are none ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize('given', [{'images': ['x.png']}, {'images': 'x.png'}, {'images': []}, {'captions': 'a', 'base_image': 'x.png'}, {'captions': 'a', 'base_image': [np.zeros((8, 8, 3))]}])
+@pytest.mark.parametrize('given', [{'images': ['x.png']}, {'images': 'x.png'}, {'images': []}, {'captions': 'a', 'base_image': 'x.png'}, {'captions': 'a', 'base_image': [np.zeros((8, 8, 3))]}, {'captions': 'a', 'base_image': torch.zeros(1, 3, 8, 8)}, {'images': Image.new('F', (8, 8))}])
 def test_something_else_than_pictures(pipe, given):
-    with pytest.raises(ValueError, match='(images|base_image) holds (str|nothing|ndarray) .*PIL'): pipe(**given)
+    with pytest.raises(ValueError, match='(images|base_image) holds (str|nothing|8×8×3 of float64|3×8×8 of float32|a picture of floating-point numbers) .*PIL'): pipe(**given)
 
 
 def test_pictures_of_other_numbers(pipe):
@@ -516,10 +517,13 @@ def own_preset(tmp_path, source='smoke', **keys):
     return tmp_path/'mine.toml'
 
 
-def test_packing_an_own_preset_leaves_the_weights_that_ship(tmp_path):
-    "A copy of emoji.toml names their place."
-    mine = own_preset(tmp_path, 'emoji')
-    says(shell('pack', '--preset', mine, '--runs', tmp_path), str(mine), '--out')
+def test_what_is_packed_leaves_the_weights_that_ship(pipe, tmp_path):
+    "It goes to a folder in the run, with its configuration."
+    before = (ASSETS/'emoji/translator.safetensors').read_bytes()
+    save_weights(tmp_path/'translator/weights.safetensors', load_weights(ASSETS/'emoji/translator.safetensors')[0])
+    done = shell('pack', '--preset', 'emoji', '--runs', tmp_path)
+    assert done.exit_code == 0 and (ASSETS/'emoji/translator.safetensors').read_bytes() == before, done.output
+    assert (tmp_path/'packed/translator.safetensors').exists() and load_config(tmp_path/'packed').sampling == load_preset('emoji').sampling
 
 
 def test_weights_of_another_target(tmp_path):
@@ -576,6 +580,79 @@ def test_a_first_weight_that_is_missing_is_told_of_before_anything_is_trained(we
     (tmp_path/'some').mkdir(); shutil.copy(weights/'clip.safetensors', tmp_path/'some')
     says(shell('train', '--preset', mine, '--initial', tmp_path/'some', '--out', tmp_path/'run'), 'has no translator.safetensors')
     assert not (tmp_path/'run').exists()
+
+
+def test_a_seed_that_nobody_named_is_told(tmp_path):
+    "On the error output and in the file, so that a picture that one likes can be drawn again."
+    draw = lambda out, *options: shell('generate', 'a red apple', '--preset', 'smoke', '--steps', 1, '--out', tmp_path/out, *options)
+    done = draw('a.png')
+    info = Image.open(tmp_path/'a.png').info
+    assert f"seed {info['seed']}" in done.output and 'a red apple' in info['captions']
+    draw('b.png', '--seed', info['seed'])
+    assert Image.open(tmp_path/'a.png') == Image.open(tmp_path/'b.png') and draw('c.png') and Image.open(tmp_path/'a.png') != Image.open(tmp_path/'c.png')
+    draw('folder', '--seed', 5)
+    assert Image.open(tmp_path/'folder/00000.png').info == {'caption': 'a red apple', 'seed': '5', 'number': '0'}
+
+
+def test_variations_and_image_guidance_on_the_command_line(tmp_path):
+    pipe = TextToImage.from_preset('smoke', 'cpu')
+    picture, base = (Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for i in range(2))
+    for name, p in (('a', picture), ('base', base)): p.save(tmp_path/f'{name}.png')
+    draw = lambda out, *options: shell('generate', '--preset', 'smoke', '--seed', 1, '--steps', 2, '--out', tmp_path/out, *options)
+    cell = lambda name: Image.open(tmp_path/name).convert('RGB')
+    assert draw('folder', '--image', tmp_path/'a.png', '-n', 2, '--sampler', 'ddim').exit_code == 0
+    for i, expected in enumerate(pipe(images=picture, num_images_per_prompt=2, generator=1, num_inference_steps=2, sampler='ddim')): assert np.abs(np.subtract(cell(f'folder/{i:05}.png'), expected, dtype=int)).max() <= 1, i
+    base.save(tmp_path/'a.png')
+    says(draw('folder', '--image', tmp_path/'a.png', '-n', 2, '--sampler', 'ddim'), 'holds pictures of other settings (made_of')
+    for out, options in (('free.png', ()), ('pulled.png', ('--base-image', tmp_path/'base.png', '--image-guidance-scale', 0.01))): assert draw(out, 'a red apple', *options).exit_code == 0
+    assert np.abs(np.subtract(cell('free.png'), cell('pulled.png'), dtype=int)).max() > 20
+    says(draw('x.png', 'a red apple', '--image', tmp_path/'a.png'), 'give one of the two')
+    says(draw('other', 'a red apple', '--base-image', tmp_path/'a.png'), '--base-image is for a grid')
+    says(draw('x.png', '--image', tmp_path/'none.png'), 'there is no picture')
+    (tmp_path/'text.png').write_text('none')
+    says(draw('x.png', '--image', tmp_path/'text.png'), 'text.png is no picture')
+
+
+def test_pictures_are_enlarged_on_the_command_line(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path/'a.png')
+    done = shell('upsample', tmp_path/'a.png', '--out', tmp_path/'large', '--seed', 3)
+    assert done.exit_code == 0 and Image.open(tmp_path/'large/a.png').convert('RGB') == TextToImage.from_preset('emoji', 'cpu').upsample(picture, noise=0., generator=3)[0], done.output
+    (tmp_path/'b').mkdir(); picture.save(tmp_path/'b/a.png')
+    says(shell('upsample', tmp_path/'a.png', tmp_path/'b/a.png', '--out', tmp_path/'large'), 'the same name')
+
+
+def test_ctrl_c_tells_what_is_kept(tmp_path, monkeypatch):
+    def stop(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr('t2i.pipeline.decode', stop)
+    for out, sentence in (('a.png', 'nothing was written'), ('folder', 'the same command goes on')):
+        assert sentence in shell('generate', 'a red apple', '--preset', 'smoke', '--out', tmp_path/out).output
+
+
+def test_embeddings_in_a_list(pipe):
+    "As they come about: rows of one tensor, sums of them, and pairs."
+    y = pipe.embed_captions(['a red apple', 'a green heart'])
+    drawn = [pipe(image_embeddings=given, generator=1, num_inference_steps=1) for given in (torch.stack([y[0], (y[0] + y[1])/2, y[1]]), [y[0], (y[0] + y[1])/2, y[1:]])]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_picture_is_found_by_its_name_or_as_an_emoji():
+    expected = data.find_picture('red heart, noto style')
+    assert data.find_picture('red heart') == expected == data.find_picture('❤️')
+    with pytest.raises(ValueError, match="no picture is called 'red hart'"): data.find_picture('red hart')
+
+
+def test_nothing_prepared_is_told_with_the_reasons(pipe, tmp_path):
+    for i in range(3): Image.new('RGB', (8, 8)).save(tmp_path/f'{i}.png')
+    (tmp_path/'captions.csv').write_bytes('file,caption\n0.png,grün\n1.png,grün\n2.png,grün\n'.encode('cp1252'))
+    with pytest.raises(ValueError, match='none of the 3 samples is for training: 3 × caption is not UTF-8; .*report.json names them'): prepare(pipe.clip, tmp_path, tmp_path/'out', progress=False)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_a_caption_means_the_same_alone_and_among_others(precision, monkeypatch):
+    monkeypatch.setenv('T2I_PRECISION', precision)
+    clip, captions = CLIP.from_preset('emoji', 'cpu'), ['a smiling cat wearing sunglasses, noto style', 'a red apple', 'dog']
+    assert torch.equal(torch.cat([clip.encode_captions([c]) for c in captions]), clip.encode_captions(captions))
 
 
 def test_a_classifier_of_a_preset_that_ships_none_is_not_made_up(tmp_path):

@@ -35,7 +35,7 @@ def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):
     done = run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu')
     assert done.exit_code == 0, done.output
     pipe = TextToImage.from_pretrained(tmp_path/'run', 'cpu')
-    assert pipe('colour number 3', num_inference_steps=1)[0].size == (64, 64)
+    assert pipe('colour number 3', num_inference_steps=1)[0].size == (64, 64) and pipe('colour number 3', num_inference_steps=1, upsample=True)[0].size == (256, 256)
     for stage in ('translator', 'decoder'):  # it started from the weights that ship, and went on
         shipped, trained = (load_weights(folder/f'{stage}.safetensors')[0] for folder in (ASSETS/'emoji', tmp_path/'run'))
         change = torch.cat([(shipped[k] - trained[k]).flatten() for k in shipped])

@@ -180,7 +180,7 @@ def test_a_compiled_pipeline_of_wide_networks_is_one_graph(emoji, monkeypatch):
 def test_weights_that_know_no_versions(emoji):
     from t2i.pipeline import TextToImage
     with torch.inference_mode(): picture = TextToImage.from_preset('emoji', device='cpu')('a red apple', generator=1)
-    assert picture == emoji('a red apple', generator=1)
+    assert np.abs(np.subtract(picture, emoji('a red apple', generator=1), dtype=int)).max() <= 1
 
 
 def test_a_process_for_sampling_is_not_trained_with(emoji):
@@ -209,7 +209,8 @@ def test_pictures_as_arrays_are_seen_as_pictures(emoji):
     for h, w in ((64, 64), (128, 64), (64, 32), (50, 100)):
         array = np.kron(rng.integers(0, 256, (2, h//10, w//10, 3)), np.ones((1, 10, 10, 1))).astype(np.uint8)
         torch.testing.assert_close(emoji.embed_images(array), emoji.embed_images([Image.fromarray(i) for i in array]), atol=0.1, rtol=0)  # a square array is resized by another library
-    for wrong in (array[0], array[..., :1], np.zeros((1, 64, 64, 4), np.uint8)):
+    assert torch.equal(emoji.embed_images(array[0]), emoji.embed_images(Image.fromarray(array[0])))
+    for wrong in (array[..., :1], np.zeros((1, 64, 64, 4), np.uint8)):
         with pytest.raises(ValueError, match=r'give PIL pictures or uint8 \[N, H, W, 3\]'): emoji.embed_images(wrong)
     with pytest.raises(ValueError, match='give at least one'): emoji.embed_images(array[:0])
 

@@ -226,8 +226,9 @@ def test_pictures_with_a_table(tmp_path, kind):
 
 
 @pytest.mark.parametrize('text', ['file, caption\n{}, "a cat, asleep"\n', 'File;Caption\n{};a cat, asleep\n', '\ufeffFILE , CAPTION\n{},"a cat, asleep"\n'])
-def test_tables_as_people_and_their_programs_write_them(tmp_path, text):
-    (tmp_path/'captions.csv').write_text(text.format(own_pictures(tmp_path, 1)[0]), encoding='utf-8')
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-16'])
+def test_tables_as_people_and_their_programs_write_them(tmp_path, text, encoding):
+    (tmp_path/'captions.csv').write_text(text.removeprefix('\ufeff' if encoding == 'utf-16' else '').format(own_pictures(tmp_path, 1)[0]), encoding=encoding)
     assert list(good(read(tmp_path)).values()) == [('a cat, asleep',)]
 
 
