@@ -1,5 +1,5 @@
 """How time and memory grow: sampling with the batch and with the number of pictures, preparing with the shards, a training's start with the data."""
-import io, tarfile, tempfile, time
+import io, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from measure import alternate, fitted_exponent, peak_memory
-from prepare import Stub
+from prepare import Stub, write_tar
 from t2i.core import save_weights
 from t2i.data import PreparedDataset, prepare
 from t2i.decoder import decode
@@ -59,14 +59,10 @@ def upsampling_by_number(pipe, sizes) -> dict:
 
 def _raw_shards(folder: Path, n: int, pictures: int):
     rng = np.random.default_rng(0)
-    for shard in range(n):
-        with tarfile.open(folder/f'{shard:05}.tar', 'w') as tar:
-            for i in range(pictures):
-                Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(buffer := io.BytesIO(), 'JPEG')
-                for ending, content in (('jpg', buffer.getvalue()), ('txt', b'a picture')):
-                    info = tarfile.TarInfo(f'{shard:05}{i:04}.{ending}')
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+    def jpeg():
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(buffer := io.BytesIO(), 'JPEG')
+        return buffer.getvalue()
+    for shard in range(n): write_tar(folder/f'{shard:05}.tar', (jpeg() for _ in range(pictures)))
 
 
 def prepare_by_shards(sizes, pictures) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from measure import RESULTS
 from t2i.clip import CLIP
 from t2i.core import load_preset, save_json
 from t2i.data import load_emoji
@@ -18,7 +19,7 @@ from t2i.metrics import extract_features
 from t2i.pipeline import TextToImage
 from t2i.plots import as_pictures
 
-HERE, RUN = Path(__file__).parent, Path('runs/judge')
+RUN = Path('runs/judge')
 SEED = 42
 TWINS = 'flat', 'fluent'  # Microsoft's drawings without gradients and with: what is held out of the one has mostly been seen in the other
 
@@ -26,7 +27,7 @@ TWINS = 'flat', 'fluent'  # Microsoft's drawings without gradients and with: wha
 def load_judge(device):
     weights = RUN/'clip/weights.safetensors'
     if not weights.exists(): sys.exit(f"there is no judge at {weights}: train it with `t2i train clip --preset benchmarks/judge.toml --seed 1`")
-    return CLIP.load(load_preset(HERE/'judge.toml').clip, weights, device)
+    return CLIP.load(load_preset(Path(__file__).parent/'judge.toml').clip, weights, device)
 
 
 def judge_variant(judge, training, pictures, pairs, features):
@@ -85,4 +86,4 @@ if __name__ == '__main__':
     folder = RUN/f"pictures_{pipe.fingerprints()['decoder']}"  # other weights, other pictures
     found = judge_variants(pipe, load_judge(pipe.device), TrainingPictures(pipe.device, cache='cache/training_features.safetensors'), draw_pairs(n, SEED), folder, progress=True)
     for name, goal in found['goals'].items(): print(f"{name:<75} {goal['found']:>8.3f}   goal {goal['goal']}")
-    save_json(HERE/'results/judge.json', found)
+    save_json(RESULTS/'judge.json', found)

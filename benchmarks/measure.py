@@ -72,9 +72,9 @@ class peak_memory:
         return 1024*int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 
-def matmul_rate(device, dtype=torch.float32, seconds: float = 1., n: int | None = None) -> float:
+def matmul_rate(device, dtype=torch.float32, seconds: float = 1.) -> float:
     "FLOP/s of a product of square matrices: what everything else is compared to."
-    n = n or (8192 if torch.device(device).type == 'cuda' else 1024)
+    n = 8192 if torch.device(device).type == 'cuda' else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2*n**3/statistics.median(alternate({'matmul': lambda: a@b}, device, seconds)['matmul'])
 

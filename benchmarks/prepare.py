@@ -32,14 +32,19 @@ def jpegs(n, size, rng):
 def bare(data): return np.asarray(Image.open(io.BytesIO(data)).convert('RGB').resize((64, 64), Image.Resampling.BICUBIC, reducing_gap=3))
 
 
-def rates(files, folder):
-    "Pictures per second of Pillow alone and of `prepare`, alternately."
-    with tarfile.open(folder/'00000.tar', 'w') as tar:
+def write_tar(path, files):
+    "What img2dataset writes for the JPEG files: each with its caption."
+    with tarfile.open(path, 'w') as tar:
         for i, data in enumerate(files):
             for ending, content in (('jpg', data), ('txt', b'a picture')):
-                info = tarfile.TarInfo(f'{i:09}.{ending}')
+                info = tarfile.TarInfo(f'{path.stem}{i:04}.{ending}')
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+
+
+def rates(files, folder):
+    "Pictures per second of Pillow alone and of `prepare`, alternately."
+    write_tar(folder/'00000.tar', files)
     prepare(Stub(), folder, folder/'warm', workers=CORES, progress=False)
     for i in range(ROUNDS):
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 MISSING = "diffusers is not installed: pip install diffusers, and run again to compare with it"
 
@@ -38,6 +39,14 @@ def make_rival(settings: dict, image_size: int, diffusers):
         down_block_types=['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends], up_block_types=['AttnUpBlock2D' if a else 'UpBlock2D' for a in attends[::-1]],
         attention_head_dim=settings['num_head_channels'], downsample_type='resnet', upsample_type='resnet', resnet_time_scale_shift='scale_shift', norm_eps=1e-5)
     return (Seams(unet, settings, diffusers) if settings.get('seam_channels') else unet).eval()
+
+
+def gflop(settings: dict, image_size: int, diffusers) -> float:
+    "10⁹ operations of one pass for one image, counted without a device."
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        model = make_rival(settings, image_size, diffusers)
+        model(torch.zeros(1, model.config.in_channels, model.config.sample_size, model.config.sample_size), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()/1e9
 
 
 @torch.no_grad()

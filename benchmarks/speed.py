@@ -66,6 +66,7 @@ class Bench:
     def __init__(self, preset, device, tiny=False, seconds=20.):
         self.preset, self.device, self.tiny, self.seconds = load_preset(preset), get_device(device), tiny, 0. if tiny else seconds
         self.gpu = self.device.type == 'cuda'
+        self.drawn_with = self.preset if self.preset.get('weights') or tiny else load_preset('emoji')  # what needs a whole pipeline
         self.dtype = torch.bfloat16 if uses_bfloat16(self.device) else torch.float32
         self.batch, self.train_batch, self.steps = (2, 2, 2) if tiny else (64, 32, 4) if self.gpu else (8, make_config(self.preset.train.decoder, self.device).batch_size, min(20, self.preset.sampling.steps))
         self.model, self.diffusion = network(self.preset, self.device).to(memory_format=torch.channels_last), make_diffusion(self.preset)  # the weights as `TextToImage` holds them
@@ -85,7 +86,7 @@ class Bench:
             found['ours, compiled'] = lambda: ours(compiled)
             found['baseline, TF32'] = with_tf32(True, theirs)
         if diffusers:
-            unet, scheduler = self.rival().to(self.device), diffusers.DDIMScheduler(prediction_type='sample' if self.diffusion.target == 'x0' else {'eps': 'epsilon', 'v': 'v_prediction'}[self.diffusion.target])
+            unet, scheduler = rival.make_rival(self.preset.decoder, self.preset.data.image_size, diffusers).to(self.device), diffusers.DDIMScheduler(prediction_type='sample' if self.diffusion.target == 'x0' else {'eps': 'epsilon', 'v': 'v_prediction'}[self.diffusion.target])
             draw = lambda: rival.sample(unet, scheduler, self.batch, self.steps, s.guidance_scale, torch.Generator().manual_seed(0), self.device)
             found['diffusers'] = with_tf32(False, draw)
             if self.dtype == torch.bfloat16:
@@ -93,8 +94,6 @@ class Bench:
                     with autocast(self.device): return draw()
                 found['diffusers, bfloat16'] = at_our_precision
         return found
-
-    def rival(self): return rival.make_rival(self.preset.decoder, self.preset.data.image_size, diffusers)
 
     def sampling(self) -> dict:
         "Seconds of one step for one picture, and how many times faster ours is."
@@ -104,16 +103,9 @@ class Bench:
         work = 2e9*self.gflop/min(table[name]['seconds'] for name in ('ours', 'ours, compiled') if name in table)  # both halves of the guidance
         found = {'batch': self.batch, 'steps': self.steps, 'default_steps': s.steps, 'precision': str(self.dtype).removeprefix('torch.'), 'gflop_of_a_pass': self.gflop,
                  'matmul_rate': rate, 'share_of_matmul_rate': work/rate, 'candidates': table}
-        if diffusers: found['rival_flop_ratio'] = self.rival_flop()/1e9/self.gflop
+        if diffusers: found['rival_flop_ratio'] = rival.gflop(self.preset.decoder, self.preset.data.image_size, diffusers)/self.gflop
         else: found['rival_missing'] = rival.MISSING
         return found
-
-    def rival_flop(self) -> float:
-        from torch.utils.flop_counter import FlopCounterMode
-        with torch.device('meta'), FlopCounterMode(display=False) as counter:
-            model = self.rival()
-            model(torch.zeros(1, model.config.in_channels, model.config.sample_size, model.config.sample_size), torch.zeros(1, dtype=torch.long))
-        return counter.get_total_flops()
 
     def agreement(self) -> dict:
         "Ours and the baseline draw the same pictures: the largest and the mean difference of Algorithm 1 from the same noise, in grey levels."
@@ -214,7 +206,7 @@ class Bench:
         times = alternate({name: lambda name=name: within(name, ours) for name in types}, self.device, self.seconds)
         found = {'used': used, 'candidates': compare(times, used, self.steps*self.batch), 'matmul_rates': {name: matmul_rate(self.device, dtype, self.seconds/20) for name, dtype in types.items()}}
         if not (self.tiny or used == 'bfloat16'): return found | {'missing': "float32 is used here, so no picture is rounded"}
-        pipe, n = TextToImage.from_preset(self.preset if self.preset.get('weights') or self.tiny else 'emoji', self.device), 16 if self.tiny else 500
+        pipe, n = TextToImage.from_preset(self.drawn_with, self.device), 16 if self.tiny else 500
         y = pipe.embed_captions(draw_pairs(n).captions)
         def draw(seed, name): return within(name, lambda: np.stack([np.asarray(picture) for picture in pipe(image_embeddings=y, generator=seed)]))
         exact, rounded, other = draw(0, 'float32'), draw(0, 'bfloat16'), draw(1, 'float32')
@@ -224,13 +216,11 @@ class Bench:
 
     # -- the rest -----------------------------------------------------------------------------------------------
     def growth(self) -> dict:
-        pipe = TextToImage.from_preset(self.preset if self.preset.get('weights') or self.tiny else 'emoji', self.device)
-        return growth(pipe, self.tiny, self.seconds/10)
+        return growth(TextToImage.from_preset(self.drawn_with, self.device), self.tiny, self.seconds/10)
 
     def startup(self) -> dict:
         "Seconds of fresh processes: `import t2i`, and from nothing to the first picture of a preset."
-        preset = self.preset.name if self.preset.get('weights') or self.tiny else 'emoji'
-        programs = {'import t2i': 'import t2i', 'first picture': f"import t2i; t2i.TextToImage.from_preset({preset!r}, device={str(self.device)!r})('a red apple', generator=0)", 'python alone': ''}
+        programs = {'import t2i': 'import t2i', 'first picture': f"import t2i; t2i.TextToImage.from_preset({self.drawn_with.name!r}, device={str(self.device)!r})('a red apple', generator=0)", 'python alone': ''}
         def run(code): return lambda: subprocess.run([sys.executable, '-c', code], check=True, cwd=REPOSITORY, capture_output=True)
         return compare(alternate({k: run(c) for k, c in programs.items()}, 'cpu', 0, 1 if self.tiny else 5, warm_up=False), 'first picture')
 

@@ -2,12 +2,12 @@
 
 python benchmarks/tuning.py [pictures, 192] → benchmarks/results/tuning.json; a stopped run goes on"""
 import sys, time
-from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 
 from judge import RUN, SEED, load_judge
+from measure import RESULTS
 from t2i.core import save_json
 from t2i.experiments import draw_pairs, draw_variant
 from t2i.judge import caption_ranks
@@ -43,4 +43,4 @@ def tune(pipe, judge, pairs, folder) -> dict:
 if __name__ == '__main__':
     n, pipe = int(sys.argv[1]) if len(sys.argv) > 1 else 192, TextToImage.from_preset('emoji')
     found = tune(pipe, load_judge(pipe.device), draw_pairs(n, SEED), RUN/f"tuning_{pipe.fingerprints()['decoder']}")
-    save_json(Path(__file__).parent/'results/tuning.json', found)
+    save_json(RESULTS/'tuning.json', found)

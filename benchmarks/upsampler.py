@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i.core import from_uint8, save_json, to_uint8
+from measure import RESULTS
+from t2i.core import from_uint8, save_json
 from t2i.data import PreparedDataset, decode_image, draw_large, load_emoji
 from t2i.metrics import efficientnet_lite0, extract_features, frechet_distance
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import image_grid
 
-RESULTS = Path(__file__).parent/'results'
 LEVELS = (0., 0.1, 0.2, 0.35, 0.5)  # of errors in the small picture
 FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'Lanczos': Image.Resampling.LANCZOS}
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from measure import RESULTS
 from t2i.core import Preset, load_preset, load_weights, save_json
 from t2i.data import draw_large
 from t2i.metrics import extract_features, frechet_distance
 from t2i.train import train
 from t2i.upsampler import UpsamplerTask, make_upsampler
-from upsampler import RESULTS, Judge, perceptual_distance, psnr
+from upsampler import Judge, perceptual_distance, psnr
 
 RUNS = Path('runs/upsampler_ablation')
 VARIANTS = {'as the preset has it': {}, 'Gaussian noise only': {'redrawn': 0.}, 'no noise': {'redrawn': 0., 'max_noise': 0.}, 'no embedding': {'drop': 1.}}  # settings of [upsampler]

@@ -7,7 +7,6 @@ __all__ = ['RESULTS', 'load_benchmarks', 'cores', 'machine_text', 'speed_column'
 
 # %% ../nbs/lib/benchmarks.ipynb #ddebf7ff
 import json
-from pathlib import Path
 
 import pandas as pd
 
@@ -17,13 +16,11 @@ from .core import PACKAGE, load_preset, preset_names
 RESULTS = PACKAGE.parent/'benchmarks/results'
 
 
-def load_benchmarks(
-    folder: 'str | Path' = RESULTS,
-) -> dict:  # machine → preset → section
+def load_benchmarks() -> dict:  # machine → preset → section
     "What `benchmarks/speed.py` wrote on each machine; a `FileNotFoundError` if it did not run yet."
-    found = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in sorted(Path(folder).glob('*.json'))}
+    found = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in sorted(RESULTS.glob('*.json'))}
     found = {name: presets for name, presets in found.items() if any(isinstance(p, dict) and 'machine' in p and 'sampling' in p for p in presets.values())}
-    if not found: raise FileNotFoundError(f"{folder} holds no results: run `python benchmarks/speed.py` in the repository first")
+    if not found: raise FileNotFoundError(f"{RESULTS} holds no results: run `python benchmarks/speed.py` in the repository first")
     return found
 
 

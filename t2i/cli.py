@@ -124,18 +124,18 @@ def generate(
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)  # a borrowed one has classes, and takes as long as the decoder
     settings = dict(num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size)
-    embed = lambda: pipe.embed_images(pictures).repeat_interleave(n, 0) if image else pipe.embed_captions(below)
     if out.suffix:
         _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
         seed = secrets.randbits(32) if seed is None else seed
         with _when_stopped("nothing was written: pictures in a folder, which --out can name instead, are kept one by one"):
-            drawn = pipe(image_embeddings=embed(), generator=seed, base_image=base_image and _open(base_image), image_guidance_scale=image_guidance_scale, progress=True, **settings)
+            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base_image and _open(base_image), image_guidance_scale=image_guidance_scale, progress=True, **settings)
         told = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, drawn)]
         with atomic_path(out) as tmp: _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
         typer.echo(f"seed {seed}", err=True)
         return typer.echo(out)
     if base_image: raise ValueError("--base-image is for a grid: name a .png, .jpg or .webp file with --out")
     share, made_of = process_share(), image and [hashlib.sha256(path.read_bytes()).hexdigest() for path in image for _ in range(n)]
+    embed = lambda: (pipe.embed_images(pictures) if image else pipe.embed_captions(captions)).repeat_interleave(n, 0)
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
         paths = draw_to_folder(pipe, below, embed, out, _seed_of(out, share[1]) if seed is None else seed, share, progress=share[0] == 0, made_of=made_of, **settings)
     for path in paths if share[0] == 0 else (): typer.echo(path)
@@ -230,8 +230,8 @@ def sample(
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     if compiled: pipe.compile()
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
-        paths = sample_variants(pipe, pairs, out, seed, share, num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=share[0] == 0)
-    for path in paths if share[0] == 0 else (): typer.echo(path)
+        for path in sample_variants(pipe, pairs, out, seed, share, num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=share[0] == 0):
+            if share[0] == 0: typer.echo(path)
 
 # %% ../nbs/lib/cli.ipynb #6bf66dec
 @_command('upsample')
@@ -284,12 +284,6 @@ def prepare_command(
     if state.is_main_process: _tell(report, out)
 
 # %% ../nbs/lib/cli.ipynb #df28ba45
-def _prepare(preset, runs: Path, device=None):
-    "The prepared shards of a run, made with its CLIP if they are missing."
-    from t2i.data import SHARDS
-    return _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
-
-
 AFTER_CLIP = ('translator', 'decoder', 'upsampler')  # stages that learn from the embeddings of a run's CLIP
 
 def _begun(runs: Path, stages) -> list:
@@ -367,49 +361,57 @@ def _teacher(preset, stage, initial: Path, device):
     return load_model(stage, preset, initial).eval().requires_grad_(False).to(device)
 
 
+def _check_prepared(stage, preset, runs: Path, prepared: Path, device):
+    "Refuse pictures that were embedded with another CLIP than the run's, or the preset's."
+    from t2i.data import encoded_by
+    own_clip = _clip_weights(runs) or preset.get('weights') and 'model' not in preset.clip  # a large one is not loaded for the comparison alone
+    if not (own_clip or stage == 'decoder' and preset.decoder.get('augment')) or encoded_by(_clip(preset, runs, device), prepared): return
+    if _clip_weights(runs): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
+    raise ValueError(f"{prepared} was prepared with another CLIP than that of the preset: prepare it without --folder, or leave `weights` out of a preset of your own")
+
+
+def _make_task(stage, preset, runs: Path, prepared, large, emoji: bool, teacher, device):
+    "What a stage trains: on the pictures in the folder `prepared`, which are the emoji or somebody's own."
+    if stage == 'clip':
+        from t2i.clip import ClipTask
+        return ClipTask(preset)
+    if stage == 'text':
+        from t2i.clip import TextTask
+        _check_text_run(runs)
+        return TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()}, teacher=teacher)
+    if stage == 'classifier':
+        from t2i.classifier import ClassifierTask
+        return ClassifierTask(preset)
+    if stage == 'translator':
+        from t2i.translator import TranslatorTask
+        return TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, teacher)
+    if stage == 'upsampler':
+        from t2i.upsampler import UpsamplerTask
+        return UpsamplerTask(preset, prepared, large, _trained('decoder', preset, runs, device))
+    from t2i.composed import composed_emoji
+    from t2i.decoder import DecoderTask
+    return DecoderTask(preset, prepared, _trained('translator', preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
+                       _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, teacher)
+
+
 def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None, keep: bool = False) -> Path:
     "Train one stage of a preset in the folder `runs`, from random weights or those in the folder `initial`, whose answers stay as they are with `keep`, but for composed pictures → the path of its weights."
     from t2i.checkpoints import find_checkpoint
+    from t2i.data import SHARDS, draw_large
     from t2i.train import train
     if stage not in preset.get('train', {}): raise ValueError(f"the preset {preset.name!r} does not train a {stage}: add a [train.{stage}] section")
-    initial = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage)
+    initial, emoji = initial and find_checkpoint(initial, 'clip' if stage == 'text' else stage), not prepared
     if keep: _check_keep(stage, preset, initial, prepared)
     teacher = _teacher(preset, stage, initial, device) if keep else None
     if stage == 'upsampler':
-        from t2i.data import draw_large
         size = preset.upsampler.image_size
         if prepared and not large: raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the folder of those with --large")
         large = large or draw_large(Path(f'cache/emoji_{size}'), size)
-    emoji = not prepared
-    own_clip = _clip_weights(runs) or preset.get('weights') and 'model' not in preset.clip  # a large one is not loaded for the comparison alone
-    if prepared and stage in AFTER_CLIP and (own_clip or stage == 'decoder' and preset.decoder.get('augment')):
-        from t2i.data import encoded_by
-        if not encoded_by(_clip(preset, runs, device), prepared):
-            if _clip_weights(runs): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
-            raise ValueError(f"{prepared} was prepared with another CLIP than that of the preset: prepare it without --folder, or leave `weights` out of a preset of your own")
-    if stage in AFTER_CLIP: prepared = prepared or _prepare(preset, runs, device)
+    if stage in AFTER_CLIP:
+        if prepared: _check_prepared(stage, preset, runs, prepared, device)
+        else: prepared = _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
-    if stage == 'clip':
-        from t2i.clip import ClipTask
-        task = ClipTask(preset)
-    elif stage == 'text':
-        from t2i.clip import TextTask
-        _check_text_run(runs)
-        task = TextTask(_clip(preset, runs, 'cpu'), preset, {name: make() for name, make in _invented(preset).items()}, teacher=teacher)
-    elif stage == 'classifier':
-        from t2i.classifier import ClassifierTask
-        task = ClassifierTask(preset)
-    elif stage == 'translator':
-        from t2i.translator import TranslatorTask
-        task = TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, teacher)
-    elif stage == 'upsampler':
-        from t2i.upsampler import UpsamplerTask
-        task = UpsamplerTask(preset, prepared, large, _trained('decoder', preset, runs, device))
-    else:
-        from t2i.composed import composed_emoji
-        from t2i.decoder import DecoderTask
-        task = DecoderTask(preset, prepared, _trained('translator', preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
-                           _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, teacher)
+    task = _make_task(stage, preset, runs, prepared, large, emoji, teacher, device)
     return train(task, preset.train[stage], runs/stage, seed=seed, device=device, hours=hours, initial=initial)
 
 
@@ -539,7 +541,7 @@ def figures(
         try: papermill.execute_notebook(str(notebooks/f'{chapter}.ipynb'), str(out/f'{chapter}.ipynb'), parameters, progress_bar=False, log_output=False)
         except Exception as e: failed[chapter] = str(e).strip().splitlines()[-1]
     for number, e in wanted.items():
-        path = exhibit_path(number, preset, out, '.md' if e.word == 'table' else '.png')
+        path = exhibit_path(number, preset, out, e.suffixes[-1])
         state = str(path) if path.exists() and path.stat().st_mtime >= started else f"not written: {failed.get(e.notebook, 'see the chapter')}"
         typer.echo(f'{number:>9}  {e.notebook}  {state}')
     if failed: _say(f"{len(failed)} of {len(chapters)} chapters failed: {', '.join(failed)}; the executed notebooks in {out} show where")

@@ -389,11 +389,13 @@ class _Pairs:
 class ClipTask(Task):
     "Train a small CLIP on the emoji shards."
     contrastive = True
-    def __init__(self, preset='emoji', canonical: float = 0.6):
+    canonical = 0.6  # the chance of a picture's first caption
+
+    def __init__(self, preset='emoji'):
         self.preset = load_preset(preset)
         table, self.validation = decodable(load_emoji('train')), decodable(load_emoji('validation'))
         self.clip = CLIP.small(self.preset.clip, Vocabulary.of([c for cs in table.captions for c in cs], self.preset.clip.context_length).pieces)
-        self.model, self.pairs = self.clip.model, _Pairs(table, self.clip.tokenize, canonical)
+        self.model, self.pairs = self.clip.model, _Pairs(table, self.clip.tokenize, self.canonical)
         if self.preset.clip.get('start') == 'efficientnet-lite0':
             from t2i.metrics import efficientnet_lite0
             trunk = self.model.visual.trunk
@@ -436,18 +438,19 @@ KEEP = 20  # weight of 1 − cosine with the teacher's embedding: CLIP's contras
 
 class TextTask(ClipTask):
     "Train the text encoder of a CLIP against its image encoder as it is, on the emoji and on recoloured and composed ones, with captions as people type them besides the stored ones."
+    canonical = 0.5
+
     def __init__(
         self,
         clip: CLIP,  # a small one, as `ClipTask` trains it
         preset='emoji',  # name, path, or a preset
         invented=None,  # {'recoloured': folder, 'composed': folder} of pictures that nobody drew, of which training takes the preset's shares
-        canonical: float = 0.5,  # the chance of a picture's first caption
         teacher: 'CLIP | None' = None,  # whose text embeddings stay as they are, but for captions of composed pictures
     ):
         self.preset, self.clip, self.model, self.teacher = load_preset(preset), clip, clip.model, teacher
         def pairs(table, keywords):
             typed = [typed_captions(*row) for row in zip(table['name'], table['style'], table.concept, keywords)]
-            return _Pairs(table.assign(captions=[[*c, *t] for c, t in zip(table.captions, typed)]), clip.tokenize, canonical)
+            return _Pairs(table.assign(captions=[[*c, *t] for c, t in zip(table.captions, typed)]), clip.tokenize, self.canonical)
         table, self.validation = decodable(load_emoji('train')), decodable(load_emoji('validation'))
         self.pairs = pairs(table, table.keywords)
         tables = {name: load_emoji('train', folder=folder) for name, folder in (invented or {}).items()}

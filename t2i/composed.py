@@ -86,9 +86,9 @@ THINGS = SMALL | {'food-vegetable', 'food-prepared', 'animal-mammal', 'animal-bi
 WEARS = 'hat|sunglasses|glasses|nerd|monocle|mask|partying|crown|turban|cap'  # in the names of faces that wear something already
 
 
-def asked_together(templates=TEMPLATES) -> set:
+def asked_together() -> set:
     "Pairs of words that composed captions put together."
-    words = [[re.sub('^(an?|the) ', '', w) for group in re.findall(r'\{(.+?)\}', t) for w in group.split('|')] for t in templates]
+    words = [[re.sub('^(an?|the) ', '', w) for group in re.findall(r'\{(.+?)\}', t) for w in group.split('|')] for t in TEMPLATES]
     return {(a, b) for each in words for a in each for b in each if a != b}
 
 

@@ -484,9 +484,13 @@ class Exhibit:
     @property
     def stem(self):
         "File name without ending: `fig_5_10_king`, `table_5_1`."
-        kind = 'table' if self.word == 'table' else 'fig'
         number = self.number.replace('.', '_')
-        return f'table_{number}' if kind == 'table' else f'fig_{number}_{self.word}'
+        return f'table_{number}' if self.word == 'table' else f'fig_{number}_{self.word}'
+
+    @property
+    def suffixes(self):
+        "Endings of its files: those of `save_figure`, or of `save_table`."
+        return ('.csv', '.md') if self.word == 'table' else ('.png',)
 
 
 EXHIBITS = {e.number if e.word != 'table' else f'Table {e.number}': e for e in [Exhibit(*row) for row in [
@@ -562,7 +566,7 @@ def save_table(
     caption: str = '',
 ) -> tuple:
     "Save a table as CSV and as Markdown (with its caption) → the two paths."
-    csv, md = (exhibit_path(number, preset, out_dir, s) for s in ('.csv', '.md'))
+    csv, md = (exhibit_path(number, preset, out_dir, s) for s in exhibit(number).suffixes)
     with atomic_path(csv) as tmp: table.to_csv(tmp, index=False)
     rows = [list(table.columns)] + [[str(v) for v in row] for row in table.itertuples(index=False)]
     lines = ['| ' + ' | '.join(map(str, r)) + ' |' for r in rows]

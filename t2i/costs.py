@@ -27,14 +27,12 @@ def stage_table(model # a UNet, on any device
     "One row for the embeddings and for each stage of `model`: its layers, its output's channels and size, its parameters and the cost of one pass for one image."
     model = copy.deepcopy(model).to("meta")
     embedding = [m for name, m in model.named_children() if name in ("time_embed", "img_emb_proj", "label_emb", "augment_proj")]
-    names = [f"{part}.{i}" for part in ("input_blocks", "output_blocks") for i in range(len(getattr(model, part)))]
-    names = [n for n in names if n[0] == "i"] + ["middle_block"] + [n for n in names if n[0] == "o"] + ["out"] + ["seams"] * bool(model.seams)
+    names = [name for name, m in model.named_modules() if isinstance(m, Stage) or name == "out"]
     shapes = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda _, __, h, name=name: shapes.update({name: h.shape}))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        y = torch.zeros(1, dtype=torch.long) if model.num_classes else torch.zeros(1, model.embedding_size or 0)
-        model(torch.zeros(1, model.in_channels, model.image_size, model.image_size), torch.zeros(1, dtype=torch.long), y)
+        model(*model.example_inputs())
     count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
     flop = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     rows = [("embeddings", "MLP", 4 * model.model_channels, 1, count(*embedding), counter.get_total_flops() - sum(flop[n] for n in names))]
@@ -97,8 +95,7 @@ def activation_memory(model, # a UNet, on any device
     stages = [m for m in model.modules() if isinstance(m, Stage)]
     for stage in stages: stage.register_forward_pre_hook(enter); stage.register_forward_hook(leave)
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), _AsOnGPU(dtype, weights):
-        y = torch.zeros(1, dtype=torch.long) if model.num_classes else torch.zeros(1, model.embedding_size or 0)
-        model(torch.zeros(1, model.in_channels, model.image_size, model.image_size), torch.zeros(1, dtype=torch.long), y)
+        model(*model.example_inputs())
     size = lambda tensors: sum(x.untyped_storage().nbytes() for x in tensors)
     outside = inputs | {key: x for key, (x, stage) in saved.items() if stage is None}
     inside = max(size(x for key, (x, at) in saved.items() if at is stage and key not in outside) for stage in stages)

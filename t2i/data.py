@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT', 'SEVERAL', 'OPENINGS', 'WITH', 'ENDINGS',
-           'AROUND', 'NEAR_DUPLICATE', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug',
+           'AROUND', 'NEAR_DUPLICATE', 'N_TEST', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug',
            'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
            'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
            'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
@@ -216,7 +216,9 @@ def near_duplicates(marks: tuple, groups: np.ndarray) -> np.ndarray:
     return found
 
 
-def split_emoji(table: pd.DataFrame, marks: tuple, n_test: int = 1000, validation: float = 0.05) -> pd.Series:
+N_TEST = 1000  # held-out pictures
+
+def split_emoji(table: pd.DataFrame, marks: tuple) -> pd.Series:
     "'train', 'validation' or 'test' for every row of a table with columns concept and style."
     pair = table.concept + '/' + table['style']
     duplicated = pd.Series(near_duplicates(marks, pair.factorize()[0]), table.index).groupby(pair).transform('any')
@@ -226,14 +228,14 @@ def split_emoji(table: pd.DataFrame, marks: tuple, n_test: int = 1000, validatio
     test = set()
     for p in candidates:
         concept, style = p.rsplit('/', 1)
-        room = n_test - sum(sizes[q] for q in test)
+        room = N_TEST - sum(sizes[q] for q in test)
         if not room: break
         left = styles[concept] - {style}
         if len(left) < 2 or sizes[p] > room: continue
         styles[concept] = left
         test.add(p)
     tested = {p.rsplit('/', 1)[0] for p in test}
-    for_validation = {p for p in set(pair) - test if hash_fraction(f'validation/{p}') < validation}
+    for_validation = {p for p in set(pair) - test if hash_fraction(f'validation/{p}') < VALIDATION}
     for p in sorted(for_validation):
         concept, style = p.rsplit('/', 1)
         styles[concept] = styles[concept] - {style}
@@ -249,7 +251,6 @@ def build_emoji(
     out: 'str | Path',  # folder for the Parquet shards
     cache: 'str | Path' = 'cache/npm',  # where npm packages are kept
     size: int = 64,  # pixels of a side
-    limit: 'int | None' = None,  # at most this many pictures of each set, for a try
     progress: bool = True,
 ) -> pd.DataFrame:
     "Fetch, name, rasterise, split and write the emoji shards → their table."
@@ -260,7 +261,7 @@ def build_emoji(
     for package, (style, version) in EMOJI_SETS.items():
         folder = folders[package]
         document, info = (json.loads((folder/f'{f}.json').read_text(encoding='utf-8')) for f in ('icons', 'info'))
-        for icon_name, icon in list(document['icons'].items())[:limit]:
+        for icon_name, icon in document['icons'].items():
             code = codes.get(icon_name) or codes.get(re.sub(r'-\d$', '', icon_name)) or codes.get(icon_name.replace('-', ''))
             if not code: continue
             emoji = names.loc[code]
@@ -303,7 +304,7 @@ def load_emoji(
 ) -> pd.DataFrame:
     "The emoji shards as one table, a row for a picture; `image` holds the bytes of a WebP file (see `decode_image`)."
     folder = Path(folder or SHARDS)
-    paths = sorted(p for p in folder.glob('*.parquet') if not p.name.startswith('.'))  # a dot: not finished
+    paths = sorted(folder.glob('[!.]*.parquet'))  # with a dot one is not finished
     if not paths: raise FileNotFoundError(f"{folder} holds no .parquet shard: reinstall the package for the shipped ones, or run `t2i build-emoji`")
     if split not in (None, 'train', 'validation', 'test'): raise ValueError(f"there is no split {split!r}: use 'train', 'validation', 'test' or None")
     wanted = columns and [*dict.fromkeys([*columns, 'split'])]
@@ -417,12 +418,17 @@ def emoji_svgs(
 def _pixels(svg, size): return np.asarray(rasterise(svg, size))
 
 
+def _opened(path):
+    "A file of tensors; None if it is missing or not of its full length."
+    from safetensors import SafetensorError, safe_open
+    try: return safe_open(path, 'pt')
+    except (OSError, SafetensorError): return None
+
+
 def _holds(path, keys: list, size: int) -> bool:
     "Whether a drawn shard is there, with these pictures, of this size."
-    from safetensors import SafetensorError, safe_open
-    try: file = safe_open(path, 'pt')
-    except (OSError, SafetensorError): return False
-    return json.loads(file.metadata()['t2i'])['keys'] == keys and file.get_slice('images').get_shape()[1] == size
+    file = _opened(path)
+    return file is not None and json.loads(file.metadata()['t2i'])['keys'] == keys and file.get_slice('images').get_shape()[1] == size
 
 
 def draw_large(
@@ -600,7 +606,7 @@ class _Batches:
     "Collects the pictures of one raw shard, encodes them in batches, and writes what came out of it."
     def __init__(self, clip, shard, out, settings, batch_size):
         self.clip, self.shard, self.out, self.settings, self.batch_size = clip, shard, out, settings, batch_size
-        self.waiting, self.rows, self.skipped, self.lost, self.samples, self.dropped, self.unknown = [], {}, {}, {}, 0, 0, Counter()
+        self.waiting, self.rows, self.skipped, self.lost, self.samples, self.dropped, self.unknown = [], {}, {}, Counter(), 0, 0, Counter()
 
     def add(self, result):
         if isinstance(result, Skipped): return self.skip(result)
@@ -609,7 +615,7 @@ class _Batches:
 
     def skip(self, skipped):
         self.samples += skipped.count
-        self.lost[skipped.reason] = self.lost.get(skipped.reason, 0) + skipped.count
+        self.lost[skipped.reason] += skipped.count
         self.skipped.setdefault(skipped.reason, []).append(skipped.key)
 
     def encode(self):
@@ -651,19 +657,11 @@ class _Batches:
         save_weights(self.out/'records'/f'{self.shard.name}.safetensors', tensors, record)
 
 
-def _whole(path) -> bool:
-    "Whether a file of tensors is there and has its full length."
-    from safetensors import SafetensorError, safe_open
-    try: safe_open(path, 'pt')
-    except (OSError, SafetensorError): return False
-    return True
-
-
 def _record(out, shard) -> 'tuple | None':
     "(tensors, record) of a shard that is done, else None."
     try: tensors, record = load_weights(out/'records'/f'{shard.name}.safetensors', None)
     except (FileNotFoundError, ValueError): return None
-    whole = record.get('signature') == shard.signature and all(_whole(out/s/f'{shard.name}.safetensors') for s in record['splits'])
+    whole = record.get('signature') == shard.signature and all(_opened(out/s/f'{shard.name}.safetensors') is not None for s in record['splits'])
     return (tensors, record) if whole else None
 
 # %% ../nbs/01_data.ipynb #9bdd29cc
@@ -727,8 +725,8 @@ def _named(sources, class_captions) -> list:
 def _check_out(out, shards, settings):
     "A prepared folder is made from one set of sources, with one setting."
     names = {s.name for s in shards}
-    for path in chain(*((out/s).glob('*.safetensors') for s in SPLITS)):
-        if not path.name.startswith('.') and path.stem not in names:
+    for path in chain(*((out/s).glob('[!.]*.safetensors') for s in SPLITS)):
+        if path.stem not in names:
             raise ValueError(f"{path} was prepared from other sources than these: name all sources together, or delete it, or prepare into another folder")
     for shard in shards:
         path = out/'records'/f'{shard.name}.safetensors'
@@ -777,14 +775,14 @@ def _merge(out, shards) -> dict:
     if any(trained_on): replace(merged_statistics(trained_on), probe=records[0][1]['settings'].get('probe')).save(out/'statistics.safetensors')
     keys = [np.fromiter(map(hash, PreparedDataset(out/s).keys), np.int64) for s in SPLITS if any(s in record['splits'] for _, record in records)]
     repeated = sum(len(k) - len(np.unique(k)) for k in keys)  # the same key is in the same split
-    report, unknown = {'samples': 0, 'prepared': 0, 'keys_in_several_shards': repeated, 'captions_dropped': 0, 'splits': {}, 'skipped': {}, 'shards': {}}, Counter()
-    for shard, (_, record) in zip(shards, records):
-        for k in ('samples', 'prepared', 'captions_dropped'): report[k] += record[k]
-        for k, n in record['splits'].items(): report['splits'][k] = report['splits'].get(k, 0) + n
-        unknown.update(record.get('unknown_words', {}))
-        for k, keys in record['skipped'].items(): report['skipped'][k] = report['skipped'].get(k, 0) + record['lost'][k]
-        report['shards'][shard.name] = {k: record[k] for k in ('samples', 'prepared', 'skipped')}
-    report['unknown_words'] = dict(unknown.most_common())  # in how many captions; the thousand most frequent of each shard
+    splits, skipped, unknown = Counter(), Counter(), Counter()
+    for _, record in records:
+        splits.update(record['splits'])
+        skipped.update(record['lost'])
+        unknown.update(record.get('unknown_words', {}))  # in how many captions; the thousand most frequent of each shard
+    def total(name): return sum(record[name] for _, record in records)
+    report = {'samples': total('samples'), 'prepared': total('prepared'), 'keys_in_several_shards': repeated, 'captions_dropped': total('captions_dropped'), 'splits': dict(splits), 'skipped': dict(skipped),
+              'shards': {shard.name: {k: record[k] for k in ('samples', 'prepared', 'skipped')} for shard, (_, record) in zip(shards, records)}, 'unknown_words': dict(unknown.most_common())}
     save_json(out/'report.json', report)
     return report
 
@@ -795,7 +793,7 @@ class PreparedDataset:
     With `captions`, only the shards that have them: the translator learns from pairs."""
     def __init__(self, folder: 'str | Path', captions: bool = False):
         from safetensors import safe_open
-        paths = sorted(p for p in Path(folder).glob('*.safetensors') if not p.name.startswith('.'))  # a dot: not finished
+        paths = sorted(Path(folder).glob('[!.]*.safetensors'))  # with a dot one is not finished
         if not paths and any(Path(folder).parent.glob('*/*.safetensors')): raise FileNotFoundError(f"{folder} holds no prepared shard, though the other splits do: prepare more pictures, or a source that says which of them are for {Path(folder).name}")
         if not paths: raise FileNotFoundError(f"{folder} holds no prepared shard: make them with `t2i prepare`")
         self.paths, self.shards = [], []

@@ -129,8 +129,7 @@ def trace_unet(
         if name != 'out': stage.register_forward_hook(lambda _, x, h, name=name: note_stage(name, x, h))
         for layer in stage: layer.register_forward_hook(lambda layer, x, h, name=name: note_layer(name, layer, x, h))
     with torch.no_grad(), torch.device('meta'), _Joins() as joins:
-        y = torch.zeros(1, dtype=torch.long) if model.num_classes else torch.zeros(1, model.embedding_size or 0)
-        model(torch.zeros(1, model.in_channels, model.image_size, model.image_size), torch.zeros(1, dtype=torch.long), y)
+        model(*model.example_inputs())
     def named(tensor, where): return [name for name, t in where.items() if t is tensor]
     skips = {target: source for result, parts in joins.joined for target in named(result, inputs) for part in parts[1:] for source in named(part, outputs)}
     return layers, skips

@@ -417,7 +417,7 @@ def _described(root, table):
     "[(key, path, captions) or `Skipped`] for the pictures below `root`, each with its `.txt` or its rows of `table`; and for what names no picture."
     entries = {e.path: e for folder in _folders(root) for e in _pictures_in(folder)}
     if table is None:
-        texts = {str(p) for folder in _folders(root) for p in folder.glob('*.txt') if not p.name.startswith('.')}
+        texts = {str(p) for folder in _folders(root) for p in folder.glob('[!.]*.txt')}
         items = [(p, Path(p).with_suffix('.txt')) for p in entries]
         return entries, items + [Skipped(_key(Path(p).relative_to(root).as_posix()), 'no image') for p in sorted(texts - {str(t) for _, t in items})]
     captions, items = {}, []
@@ -450,7 +450,7 @@ def picture_shards(root, table=None) -> list:
     return [Shard(f'{i:05}', _signature(map(mark, part)), partial(_read_described, root, part, validation)) for i, part in enumerate(parts)]
 
 # %% ../nbs/lib/readers.ipynb #d0935ba6
-def _files(folder, *endings): return sorted(p for e in endings for p in folder.glob(f'*{e}') if not p.name.startswith('.'))
+def _files(folder, *endings): return sorted(p for e in endings for p in folder.glob(f'[!.]*{e}'))
 
 
 def find_shards(

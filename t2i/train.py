@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 try: import fcntl
@@ -92,10 +93,9 @@ def ema_rate(rate: float, step: int) -> float:
     return min(rate, (1 + step)/(10 + step))
 
 
-@torch.no_grad()
 def ema_update(average: list, parameters: list, rate: float):
     "average ← rate·average + (1 − rate)·parameters, in place."
-    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - rate)
+    get_ema_multi_avg_fn(rate)(average, parameters, None)
 
 # %% ../nbs/lib/train.ipynb #df908564
 def orthogonalize(
@@ -310,41 +310,54 @@ class _Run:
 
     def wrap(self, initial):
         "Weights from the checkpoint, `initial` or the task; then the model as this hardware needs it, its moving average and the optimiser."
-        c, device, model = self.c, self.accelerator.device, self.task.model
         state = self.read()
+        self.load(state, initial)
+        self.model = self.distribute(self.task.model)
+        self.parameters = list(self.model.parameters())
+        self.average = None
+        if self.c.ema:
+            if state: self.states.set_model_state_dict(self.model, state['average'], options=self.full)
+            self.average = [p.detach().clone() for p in self.parameters]
+            if state: self.states.set_model_state_dict(self.model, state['model'], options=self.full)
+        self.optimizer = self.make_optimizer()
+        if state: self.go_on(state)
+
+    def load(self, state, initial):
+        "The weights of a checkpoint, or those in the file `initial`."
         source = self.checkpoint if state else initial
-        if source:
-            tensors, metadata = (state['model'], state.get('task', {})) if state else load_weights(source)
-            check_learned(source, metadata, {k: v for k, v in self.task.metadata().items() if k in ('target', 'schedule', 'timesteps')})
-            load_into(model, tensors, source)
+        if not source: return
+        tensors, metadata = (state['model'], state.get('task', {})) if state else load_weights(source)
+        check_learned(source, metadata, {k: v for k, v in self.task.metadata().items() if k in ('target', 'schedule', 'timesteps')})
+        load_into(self.task.model, tensors, source)
+
+    def distribute(self, model):
+        "The model on this hardware, compiled, and whole or in pieces in each of the processes."
+        c, device = self.c, self.accelerator.device
         model.to(device)
         if self.processes > 1:
             for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.detach(), 0)
         if c.compile and compiles(device): model.compile()
-        if c.fsdp and self.processes > 1:
-            from torch.distributed.fsdp import fully_shard
-            mesh = dist.init_device_mesh(device.type, (self.processes,))
-            for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
-                for block in blocks: fully_shard(block, mesh=mesh)
-            self.model = fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        else: self.model = self.accelerator.prepare(model)
-        self.parameters = list(self.model.parameters())
-        self.average = None
-        if c.ema:
-            if state: self.states.set_model_state_dict(self.model, state['average'], options=self.full)
-            self.average = [p.detach().clone() for p in self.parameters]
-            if state: self.states.set_model_state_dict(self.model, state['model'], options=self.full)
-        optimizers = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'muon': Muon}
+        if not (c.fsdp and self.processes > 1): return self.accelerator.prepare(model)
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device.type, (self.processes,))
+        for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+            for block in blocks: fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def make_optimizer(self):
+        c, optimizers = self.c, {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'muon': Muon}
         if c.optimizer not in optimizers: raise ValueError(f"unknown optimizer {c.optimizer!r}: use 'adam', 'adamw' or 'muon'")
         if c.fsdp and torch.__version__ < '2.9': raise ValueError(f"with torch {torch.__version__}, fsdp trains with other losses than one process or not at all: install torch 2.9 or newer, or leave fsdp out")
         if c.optimizer == 'muon' and c.fsdp: raise ValueError("muon needs whole matrices, and fsdp cuts them: take 'adam', or leave fsdp out")
-        self.optimizer = optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
-        if state:
-            self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
-            for group in self.optimizer.param_groups: group.update(betas=tuple(c.betas), weight_decay=c.weight_decay)  # as they are in the preset now
-            for k in self.counts: setattr(self, k, state[k])
-            if state.get('held_out') != self.task.held_out_examples(): self.best, self.since_best = math.inf, 0
-            self.energy_before = state['energy']
+        return optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
+
+    def go_on(self, state):
+        "From where a checkpoint was written, with the preset's settings of now."
+        self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
+        for group in self.optimizer.param_groups: group.update(betas=tuple(self.c.betas), weight_decay=self.c.weight_decay)
+        for k in self.counts: setattr(self, k, state[k])
+        if state.get('held_out') != self.task.held_out_examples(): self.best, self.since_best = math.inf, 0
+        self.energy_before = state['energy']
 
     # -- state --------------------------------------------------------------------------------------------------
     counts = 'step', 'examples', 'elapsed', 'best', 'since_best', 'sums', 'since', 'logged'

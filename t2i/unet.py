@@ -193,6 +193,11 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), zero(Conv3x3(ch, self.out_channels * block)))
 
+    def example_inputs(self):
+        "Zeros in the place of x, t and y for one image, to count or trace a pass."
+        y = torch.zeros(1, dtype=torch.long) if self.num_classes else torch.zeros(1, self.embedding_size or 0)
+        return torch.zeros(1, self.in_channels, self.image_size, self.image_size), torch.zeros(1, dtype=torch.long), y
+
     def embed(self, t, y=None, augmentation=None):
         "The conditioning vector of every ResBlock [N, 4·model_channels]: the embeddings of timestep, y and augmentation, added."
         if y is None and (self.embedding_size or self.num_classes):

@@ -40,6 +40,19 @@ def tiny_models(tmp_path_factory):
 
 
 @pytest.fixture
+def ship(monkeypatch):
+    "A function: the emoji in a folder take the place of those that ship, for this test, and nothing that is known of either is kept."
+    from t2i import data
+    def forget():
+        for known in (data.keyword_concepts, data.emoji_names, data.emoji_pattern): known.cache_clear()
+    def replace(folder):
+        monkeypatch.setattr(data, 'SHARDS', folder)
+        forget()
+    yield replace
+    forget()
+
+
+@pytest.fixture
 def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))

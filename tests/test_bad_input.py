@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from typer.testing import CliRunner
 
+from shell import says, shell
 from t2i import data
 from t2i.cli import _trained, app
 from t2i.checkpoints import check_clip, load_config, load_statistics
@@ -29,17 +29,6 @@ from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.translator import TranslatorTask
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
-
-
-def shell(*arguments): return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def says(result, *words):
-    "The command failed with one sentence that has the words."
-    assert result.exit_code == 1 and 'Traceback' not in result.output, result.output
-    lines = [line for line in result.output.splitlines() if line.strip()]
-    assert len(lines) == 1, result.output
-    for word in words: assert word in lines[0]
 
 
 @pytest.fixture(scope='module')
@@ -187,17 +176,17 @@ def test_undecodable_pictures_are_skipped_and_named(pipe, shards, tmp_path):
     assert len(prepared) == len(prepared.keys) == 22 and not bad & set(prepared.keys)
 
 
-def test_undecodable_pictures_in_training(shards, tmp_path, monkeypatch):
+def test_undecodable_pictures_in_training(shards, tmp_path, ship):
     folder, bad = shards
-    monkeypatch.setattr(data, 'SHARDS', folder)
+    ship(folder)
     result = shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/'run')
     assert result.exit_code == 0 and '3 pictures were skipped' in result.output, result.output
     report = (tmp_path/'run/prepared/report.json').read_text()
     assert all(key in report for key in bad)
 
 
-def test_training_starts_from_weights_that_it_is_given(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'SHARDS', shards[0])
+def test_training_starts_from_weights_that_it_is_given(shards, tmp_path, ship):
+    ship(shards[0])
     train = lambda out, *options: shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/out, *options)
     packed, weights = tmp_path/'packed', lambda path: torch.cat([v.flatten() for v in load_weights(path)[0].values()])
     assert train('random').exit_code == 0 and shell('pack', '--preset', 'smoke', '--runs', tmp_path/'random', '--out', packed).exit_code == 0
@@ -212,12 +201,13 @@ def test_training_starts_from_weights_that_it_is_given(shards, tmp_path, monkeyp
     says(train('none', '--initial', shards[0]), 'has no translator.safetensors')
 
 
-def test_a_clip_that_learned_on_leaves_nothing_of_the_one_before(shards, tmp_path, monkeypatch):
+def test_a_clip_that_learned_on_leaves_nothing_of_the_one_before(shards, tmp_path, ship):
     "Embeddings are made again; a text encoder that learned against it is not trained on."
-    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    ship(shards[0])
     mine = tmp_path/'mine.toml'
+    training, sampling = (PRESETS/'smoke.toml').read_text().replace('learning_rate = 1e-3', 'learning_rate = 1e-2').split('[sampling]')
     def train(stage, steps):
-        mine.write_text(re.sub(r'(?m)^steps = .*', f'steps = {steps}', (PRESETS/'smoke.toml').read_text().replace('learning_rate = 1e-3', 'learning_rate = 1e-2')))
+        mine.write_text(re.sub(r'(?m)^(steps|validate_every|sample_every) = .*', rf'\1 = {steps}', training) + '[sampling]' + sampling)
         return shell('train', stage, '--preset', mine, '--out', tmp_path/'run')
     probe = lambda: np.array(load_weights(tmp_path/'run/prepared/records/shards-00000.safetensors', None)[1]['settings']['probe'])
     for stage in ('clip', 'text', 'translator'): assert train(stage, 5).exit_code == 0, stage
@@ -247,27 +237,27 @@ def test_embeddings_of_another_clip(tmp_path, no_models): says(shell('train', '-
 
 
 @pytest.mark.parametrize('stage', ['clip', 'classifier'])
-def test_undecodable_pictures_in_training_from_raw_shards(stage, shards, tmp_path, monkeypatch):
+def test_undecodable_pictures_in_training_from_raw_shards(stage, shards, tmp_path, ship):
     folder, bad = shards
-    monkeypatch.setattr(data, 'SHARDS', folder)
+    ship(folder)
     result = shell('train', stage, '--preset', 'smoke', '--out', tmp_path/'run')
     assert result.exit_code == 0 and (tmp_path/'run'/stage/'weights.safetensors').exists(), result.output
     said = ' '.join(line for line in result.output.splitlines() if 'cannot be decoded and are skipped' in line)
     assert all(key in said for key in bad)
 
 
-def test_what_was_packed_draws(shards, tmp_path, monkeypatch, generate):
+def test_what_was_packed_draws(shards, tmp_path, ship, generate):
     "Also if the run had no CLIP of its own."
-    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    ship(shards[0])
     for stage in ('translator', 'decoder'): assert shell('train', stage, '--preset', 'smoke', '--out', tmp_path/'run').exit_code == 0
     done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run', '--out', tmp_path/'packed')
     assert done.exit_code == 0 and 'clip.safetensors' in done.output, done.output
     assert generate('a red apple', '--folder', tmp_path/'packed').exit_code == 0
 
 
-def test_packing_without_statistics(shards, tmp_path, monkeypatch, generate):
+def test_packing_without_statistics(shards, tmp_path, ship, generate):
     "They lie where the pictures were prepared."
-    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    ship(shards[0])
     prepare(CLIP.from_preset('smoke', 'cpu'), shards[0], tmp_path/'elsewhere', progress=False)
     assert shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/'run', '--prepared', tmp_path/'elsewhere').exit_code == 0
     pack = ['pack', '--preset', 'smoke', '--runs', tmp_path/'run', '--out', tmp_path/'packed']
@@ -545,7 +535,7 @@ def test_a_folder_brings_its_own_preset(pipe, tmp_path):
     assert scales == [1.25, load_preset('smoke').sampling.guidance_scale]
 
 
-def test_stages_that_learned_with_other_statistics_are_not_packed_together(shards, tmp_path, monkeypatch):
+def test_stages_that_learned_with_other_statistics_are_not_packed_together(shards, tmp_path):
     "Embeddings that are standardised in another way shift what a decoder draws, and nothing else would tell."
     few = tmp_path/'few'
     data.write_shards(load_emoji()[:200], few)
@@ -745,9 +735,9 @@ def test_classes_are_no_embeddings(pipe):
     with pytest.raises(ValueError, match='not classes'): decoder_loss(pipe.diffusion, pipe.decoder, torch.zeros(1, 3, 64, 64), y, torch.tensor([5]), torch.zeros(1, 3, 64, 64), torch.tensor([False]))
 
 
-def test_packing_without_a_clip(published, shards, tmp_path, monkeypatch):
+def test_packing_without_a_clip(published, shards, tmp_path, ship):
     "A preset that names none says what is missing; one whose CLIP is a file takes it along."
-    monkeypatch.setattr(data, 'SHARDS', shards[0])
+    ship(shards[0])
     assert shell('train', 'translator', '--preset', 'smoke', '--out', tmp_path/'run').exit_code == 0
     done = shell('pack', '--preset', own_preset(tmp_path, weights=None), '--runs', tmp_path/'run', '--out', tmp_path/'none')
     assert done.exit_code == 0 and 'none has no CLIP yet: copy' in done.output, done.output

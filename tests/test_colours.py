@@ -5,31 +5,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from shell import shell
 from t2i import data
-from t2i.cli import app
 from t2i.clip import CLIP, TextTask, colour_recall
 from t2i.colours import COLOURS, colour_name, main_hue, turn_hue
-from t2i.core import Preset, from_uint8, load_preset, load_weights
+from t2i.core import from_uint8, load_preset, load_weights
 from t2i.data import load_emoji, recoloured, write_shards
 from t2i.train import step_generator, train
 from t2i.translator import TranslatorTask
 
 
-def shell(*arguments): return CliRunner().invoke(app, list(map(str, arguments)))
-
-
 @pytest.fixture
-def emoji(tmp_path, monkeypatch):
+def emoji(tmp_path, monkeypatch, ship):
     "A few emoji in the place of the shipped ones, and a folder of the recoloured ones that is the working folder's."
     table = pd.concat([load_emoji(s)[:n] for s, n in [('train', 30), ('validation', 12), ('test', 2)]], ignore_index=True)
     write_shards(table, tmp_path/'shards')
-    monkeypatch.setattr(data, 'SHARDS', tmp_path/'shards')
+    ship(tmp_path/'shards')
     monkeypatch.chdir(tmp_path)
-    data.keyword_concepts.cache_clear()
-    yield data.recoloured_emoji()
-    data.keyword_concepts.cache_clear()
+    return data.recoloured_emoji()
 
 
 @pytest.fixture

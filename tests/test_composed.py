@@ -5,10 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from shell import shell
 from t2i import composed as module, data
-from t2i.cli import app
 from t2i.clip import CLIP, TextTask
 from t2i.composed import GLASSES, HATS, asked_together, composed, composed_emoji, cut_out, put_together
 from t2i.core import load_weights
@@ -16,9 +15,6 @@ from t2i.data import PreparedDataset, decode_image, load_emoji, write_shards
 from t2i.decoder import DecoderTask
 from t2i.train import step_generator
 from t2i.translator import TranslatorTask
-
-
-def shell(*arguments): return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope='module')
@@ -73,20 +69,18 @@ def test_few_pictures_that_go_together(table):
 
 
 @pytest.fixture
-def few(table, tmp_path, monkeypatch):
+def few(table, tmp_path, monkeypatch, ship):
     "Some emoji in the place of the shipped ones."
     faces = table[table.name.isin(['grinning face', 'fox', 'cat face', 'sunglasses', 'glasses', 'crown', 'top hat', 'red apple', 'banana', 'beetle']) & table['style'].isin(['noto', 'twemoji'])]
     others = load_emoji('validation')
     others = others[others.subgroup.isin(['face-smiling', 'face-concerned', 'food-fruit', 'clothing'])][:12]
     write_shards(pd.concat([faces, others, load_emoji('test')[:2]], ignore_index=True), tmp_path/'shards')
-    monkeypatch.setattr(data, 'SHARDS', tmp_path/'shards')
+    ship(tmp_path/'shards')
     monkeypatch.setattr(module, 'PICTURES', 40)
     monkeypatch.setattr(module, 'PART', 25)
     monkeypatch.setattr(module, 'HELD_OUT', 2)
     monkeypatch.chdir(tmp_path)
-    data.keyword_concepts.cache_clear()
-    yield composed_emoji()
-    data.keyword_concepts.cache_clear()
+    return composed_emoji()
 
 
 def test_shards_are_made_once_from_their_own_split(few):

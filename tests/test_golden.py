@@ -11,6 +11,7 @@ from t2i.costs import stage_table
 from t2i.decoder import make_decoder, make_diffusion
 from t2i.translator import Translator, make_translator
 from t2i.unet import UNet
+from t2i.upsampler import make_upsampler
 
 GOLDEN = Path(__file__).parent/'golden'
 CLOSE = dict(atol=1e-4, rtol=0)
@@ -27,10 +28,6 @@ def loaded(model, name):
 
 def small_decoder(**kwargs):
     return UNet(16, model_channels=32, num_res_blocks=1, attention_resolutions=(8,), channel_mult=(1, 2), num_head_channels=32, embedding_size=16, **kwargs)
-
-
-def published_upsampler():
-    return UNet(256, in_channels=6, model_channels=192, num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), num_heads=4, num_classes=1000)
 
 
 @torch.no_grad()
@@ -61,14 +58,14 @@ def test_translator_outputs():
 @pytest.mark.parametrize('name, make, parameters', [
     ('image_decoder', lambda: make_decoder('thesis'), 526_145_798),
     ('CLIP_translator', lambda: make_translator('thesis'), 32_060_416),
-    ('upsampler', published_upsampler, 311_795_910)])
+    ('upsampler', lambda: make_upsampler('thesis'), 311_795_910)])
 def test_published_shapes(name, make, parameters):
     with torch.device('meta'): model = make()
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == json.loads((GOLDEN/f'{name}.shapes.json').read_text())
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize('make, gflop', [(lambda: make_decoder('thesis'), 384.4), (published_upsampler, 1263)])
+@pytest.mark.parametrize('make, gflop', [(lambda: make_decoder('thesis'), 384.4), (lambda: make_upsampler('thesis'), 1263)])
 def test_published_cost(make, gflop):
     with torch.device('meta'): model = make()
     assert stage_table(model).GFLOP.sum() == pytest.approx(gflop, rel=1e-3)

@@ -5,11 +5,10 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from runs import finish, launch
+from shell import shell
 from t2i.checkpoints import load_statistics
-from t2i.cli import app
 from t2i.core import ASSETS, Preset, load_preset, load_weights
 from t2i.data import PreparedDataset
 from t2i.own_data import GENTLE, train_on
@@ -28,7 +27,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def run(*words): return CliRunner().invoke(app, ['train', *map(str, words)])
+def run(*words): return shell('train', *words)
 
 
 def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):

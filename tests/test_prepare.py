@@ -17,11 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from shell import says, shell
 from test_readers import Stub, own_pictures, pairs, picture, write_tar
-from typer.testing import CliRunner
 
 from t2i import data
-from t2i.cli import app
 from t2i.core import load_weights, square
 from t2i.data import PreparedDataset, Statistics, merged_statistics, moments, prepare, training_statistics
 
@@ -360,12 +359,11 @@ def test_nothing_that_can_be_used(tmp_path):
 def test_command(tmp_path):
     own_pictures(tmp_path/'mine', 30)
     (tmp_path/'mine/c.csv').write_text('file,caption\n' + ''.join(f'cats/{i}.png,cat {i}\n' for i in range(29)))
-    shell = lambda *words: CliRunner().invoke(app, ['prepare', '--preset', 'smoke', '--device', 'cpu', *map(str, words)])
-    result = shell('--source', tmp_path/'mine', '--out', tmp_path/'out')
+    prepare_command = lambda *words: shell('prepare', '--preset', 'smoke', '--device', 'cpu', *words)
+    result = prepare_command('--source', tmp_path/'mine', '--out', tmp_path/'out')
     assert result.exit_code == 0 and '29 of 30 pictures are prepared; 1 pictures were skipped (1 × no caption)' in result.output, result.output
     assert PreparedDataset(tmp_path/'out/train').text_embeddings([0]).shape == (1, 1, 32)
-    result = shell('--source', tmp_path/'nowhere', '--out', tmp_path/'out')
-    assert result.exit_code == 1 and 'there is no folder' in result.output and 'Traceback' not in result.output
+    says(prepare_command('--source', tmp_path/'nowhere', '--out', tmp_path/'out'), 'there is no folder')
 
 
 def test_emoji_are_prepared_like_everything_else(tmp_path):
@@ -413,7 +411,7 @@ def test_what_is_still_being_written_is_not_read(tmp_path):
 def test_pictures_without_a_split_for_validation(tmp_path):
     "`prepare` says so, and training says it again, with another remedy than to prepare the same once more."
     data.write_shards(data.load_emoji('train').head(20), tmp_path/'raw')
-    done = CliRunner().invoke(app, ['prepare', '--preset', 'smoke', '--source', str(tmp_path/'raw'), '--out', str(tmp_path/'out'), '--device', 'cpu'])
+    done = shell('prepare', '--preset', 'smoke', '--source', tmp_path/'raw', '--out', tmp_path/'out', '--device', 'cpu')
     assert done.exit_code == 0 and 'none of them is for validation, and training needs some' in done.output, done.output
     with pytest.raises(FileNotFoundError, match='though the other splits do: prepare more pictures'): PreparedDataset(tmp_path/'out/validation')
     with pytest.raises(FileNotFoundError, match='make them with `t2i prepare`'): PreparedDataset(tmp_path/'nothing/validation')

@@ -2,7 +2,6 @@
 import math
 import pickle
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -270,17 +269,6 @@ def test_a_processor_multiplies_in_what_it_is_faster_at(monkeypatch, capabilitie
     monkeypatch.delenv('T2I_PRECISION')
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
     assert uses_bfloat16('cpu') is bfloat16
-
-
-@pytest.mark.parametrize('device, world, chosen', [('cuda:1', '1', [torch.device('cuda:1')]), ('cuda:1', '2', []), ('cpu', '1', [])])
-def test_a_gpu_that_is_named_is_the_one_that_works(monkeypatch, device, world, chosen):
-    from t2i.core import process_state
-    found = []
-    monkeypatch.setenv('WORLD_SIZE', world)
-    monkeypatch.setattr(torch.cuda, 'set_device', found.append)
-    monkeypatch.setattr('accelerate.PartialState', lambda cpu: SimpleNamespace(wait_for_everyone=lambda: None))
-    process_state(device)
-    assert found == chosen
 
 
 def test_unknown_precision(pipe, monkeypatch):

@@ -30,7 +30,7 @@ def picture(colour='red', size=(12, 8), mode='RGB', format='PNG', **options):
     return buffer.getvalue()
 
 
-def write_tar(path, members, end=True):
+def write_tar(path, members):
     path.parent.mkdir(exist_ok=True, parents=True)
     with tarfile.open(path, 'w') as tar:
         for name, data in members:

@@ -15,10 +15,9 @@ import papermill
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import stand_ins
-from t2i.cli import app
+from shell import says, shell
 from t2i.core import get_device, process_state, uses_bfloat16
 from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants, table_5_1
 from t2i.pipeline import TextToImage, draw_to_folder, process_share
@@ -27,17 +26,6 @@ from t2i.train import _Run
 pytestmark = [pytest.mark.usefixtures('no_network'), pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')]
 FOLDERS = ['full_pipeline_42', 'full_pipeline_43', 'image_decoder_only_42', 'no_clip_translator_42', 'real_42']
 SETTINGS = dict(num_inference_steps=2, batch_size=1)
-
-
-def shell(*arguments): return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def says(result, *words):
-    "The command failed with one sentence that has the words."
-    assert result.exit_code == 1 and 'Traceback' not in result.output, result.output
-    text = result.output.strip().splitlines()[-1]
-    assert len(text) > 30 and not re.search(r'[.!] [A-Z]', text), text
-    for word in words: assert str(word) in text, text
 
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
@@ -326,33 +314,35 @@ def out_of_memory(*arguments, **options):
 @pytest.mark.parametrize('batch, words', [(6, ['6 pictures of 64×64 pixels at once', 'batch_size=3', '--batch-size 3']), (3, ['3 pictures', '--batch-size 1']), (1, ['a picture of 64×64', 'cpu'])])
 def test_too_little_memory_for_the_batch(pipe, monkeypatch, tmp_path, batch, words):
     monkeypatch.setattr('t2i.pipeline.decode', out_of_memory)
-    says(shell('generate', 'a dog', '-n', 6, '--batch-size', batch, '--preset', 'smoke', '--device', 'cpu', '--out', tmp_path/'x.png'), 'too little memory', *words)
+    says(shell('generate', 'a dog', '-n', 6, '--batch-size', batch, '--preset', 'smoke', '--device', 'cpu', '--out', tmp_path/'x.png'), 'too little memory', *words, alone=False)
     with pytest.raises(torch.cuda.OutOfMemoryError, match='too little memory') as caught: pipe('a dog', num_images_per_prompt=6, batch_size=batch)
     assert '\n' not in str(caught.value)
     if batch < 6: return
-    says(shell('sample', tmp_path/'s', '-n', 6, '--preset', 'smoke', '--device', 'cpu'), *words)
+    says(shell('sample', tmp_path/'s', '-n', 6, '--preset', 'smoke', '--device', 'cpu'), *words, alone=False)
 
 
 def test_too_little_memory_for_the_upsampler_or_the_models(published, small, monkeypatch, tmp_path):
     generate = ['generate', 'a dog', '-n', 3, '--preset', small, '--folder', published, '--upsample', '--device', 'cpu', '--out', tmp_path/'x.png']
     with monkeypatch.context() as patch:
         patch.setattr('t2i.pipeline.super_resolve', out_of_memory)
-        says(shell(*generate), '2 pictures of 64×64 pixels', '--batch-size 1')
-        says(shell(*generate, '--batch-size', 1), 'a picture of 64×64 pixels')
+        says(shell(*generate), '2 pictures of 64×64 pixels', '--batch-size 1', alone=False)
+        says(shell(*generate, '--batch-size', 1), 'a picture of 64×64 pixels', alone=False)
     for model in ('t2i.unet.UNet.to', 't2i.clip.CLIP.__init__'):
         with monkeypatch.context() as patch:
             patch.setattr(model, out_of_memory)
-            says(shell(*generate), "the models of the preset 'small'", 'more memory')
+            says(shell(*generate), "the models of the preset 'small'", 'more memory', alone=False)
 
 
-def test_a_process_alone_works_on_the_gpu_that_it_was_given(four_gpus, monkeypatch):
-    "Also if that is the first one and it worked on another before."
+@pytest.mark.parametrize('processes, gpus', [({}, ['cuda:1', 'cuda:0']), ({'WORLD_SIZE': '1'}, ['cuda:1', 'cuda:0']), ({'WORLD_SIZE': '2'}, [])])
+def test_a_process_alone_works_on_the_gpu_that_it_was_given(four_gpus, monkeypatch, processes, gpus):
+    "Also if that is the first one and it worked on another before; of several processes accelerate gives each its own."
     chosen = []
     monkeypatch.setattr('torch.cuda.set_device', lambda device: chosen.append(str(device)))
     monkeypatch.setattr('accelerate.PartialState', lambda cpu: SimpleNamespace(wait_for_everyone=lambda: None))
     monkeypatch.delenv('WORLD_SIZE', raising=False)
+    for k, v in processes.items(): monkeypatch.setenv(k, v)
     for device in ('cuda:1', 'cuda:0', 'cpu'): process_state(device)
-    assert chosen == ['cuda:1', 'cuda:0']
+    assert chosen == gpus
 
 
 def test_processes_share_the_pictures_of_captions(tmp_path, monkeypatch):
