@@ -151,12 +151,11 @@ def _when_stopped(sentence: str):
 
 
 def _open(path: Path):
-    "A picture file, in memory."
-    from PIL import Image
+    "A picture file as a PIL picture, RGB."
+    from t2i.data import Undecodable, decode_image
     if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}: correct the path")
-    try:
-        with Image.open(path) as picture: return picture.copy()
-    except Exception: raise ValueError(f"{path} is no picture that can be read: give a .png, .jpg or .webp file") from None
+    try: return decode_image(path.read_bytes())
+    except Undecodable as e: raise ValueError(f"{path} is no picture that can be read ({e.reason}): give a .png, .jpg or .webp file") from None
 
 
 PICTURE_FILES = {'.png': None, '.jpg': 65500, '.jpeg': 65500, '.webp': 16383}  # ending → the most pixels of a side
