@@ -7,8 +7,8 @@ __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT',
            'AROUND', 'NEAR_DUPLICATE', 'N_TEST', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug',
            'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
            'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
-           'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'find_picture',
-           'keyword_concepts', 'emoji_names', 'emoji_pattern', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
+           'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'keyword_concepts',
+           'emoji_names', 'emoji_pattern', 'find_picture', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
            'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
            'merged_statistics', 'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by',
            'PreparedDataset']
@@ -359,23 +359,6 @@ def decodable(table: pd.DataFrame) -> pd.DataFrame:
     if not good.all(): warnings.warn(f"{(~good).sum()} of {len(table)} pictures cannot be decoded and are skipped: {', '.join(table.key[~good][:5])}")
     return table[good].reset_index(drop=True)
 
-# %% ../nbs/01_data.ipynb #745ea10c
-def find_picture(
-    what: 'str | int | Path',  # a file, the id of a COCO picture, or an emoji: its caption, or its name or the emoji itself for the one of noto
-    data: 'str | Path | None' = None,  # folder of MS-COCO, for ids
-) -> Image.Image:
-    "A picture that an experiment starts from, RGB."
-    if str(what).isdigit():
-        if data is None: raise ValueError(f"{what} is the id of a COCO picture: name the folder of MS-COCO, data=…")
-        what = CocoCaptions(data).path(int(what))
-    if Path(what).suffix.lower() in PICTURES:
-        if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
-        return on_white(Image.open(what))
-    emoji, name = load_emoji(None, ['image', 'caption']), emoji_names().get(str(what).replace('\ufe0f', ''), what)
-    found = emoji.image[emoji.caption.isin([name, f'{name}, noto style'])]
-    if found.empty: raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red apple, noto style', its name or itself")
-    return decode_image(found.iloc[0])
-
 # %% ../nbs/01_data.ipynb #49769f2f
 @cache
 def keyword_concepts() -> dict:
@@ -401,6 +384,23 @@ def emoji_names() -> dict:
 def emoji_pattern() -> re.Pattern:
     "Finds the emoji of `emoji_names`; of several that begin alike the longest."
     return re.compile('|'.join(map(re.escape, sorted(emoji_names(), key=len, reverse=True))))
+
+# %% ../nbs/01_data.ipynb #745ea10c
+def find_picture(
+    what: 'str | int | Path',  # a file, the id of a COCO picture, or an emoji: its caption, or its name or the emoji itself for the one of noto
+    data: 'str | Path | None' = None,  # folder of MS-COCO, for ids
+) -> Image.Image:
+    "A picture that an experiment starts from, RGB."
+    if str(what).isdigit():
+        if data is None: raise ValueError(f"{what} is the id of a COCO picture: name the folder of MS-COCO, data=…")
+        what = CocoCaptions(data).path(int(what))
+    if Path(what).suffix.lower() in PICTURES:
+        if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
+        return on_white(Image.open(what))
+    emoji, name = load_emoji(None, ['image', 'caption']), emoji_names().get(str(what).replace('\ufe0f', ''), what)
+    found = emoji.image[emoji.caption.isin([name, f'{name}, noto style'])]
+    if found.empty: raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red apple, noto style', its name or itself")
+    return decode_image(found.iloc[0])
 
 # %% ../nbs/01_data.ipynb #7be801c8
 def emoji_svgs(
