@@ -183,7 +183,7 @@ def test_killed_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, whole, 
     start(raw, tmp_path/'timed')
     needs = time.time() - begun
     out = tmp_path/'out'
-    for _ in range(12):
+    for _ in range(30):
         process = fork.Process(target=start, args=(raw, out))
         process.start()
         process.join(rng.uniform(0.05, 0.35)*needs)
@@ -191,7 +191,10 @@ def test_killed_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, whole, 
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.join()
-        if process.exitcode == 0: break
+        if process.exitcode == 0 and kills >= 3: break
+        if process.exitcode == 0:  # the machine has become faster
+            shutil.rmtree(out)
+            kills, needs = 0, needs/2
         data_there = [p for p in out.glob('train/*.safetensors') if not p.name.startswith('.')]
         if data_there: PreparedDataset(out/'train').images([0])  # what is there is whole
     start(raw, out)
