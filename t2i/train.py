@@ -389,7 +389,7 @@ class _Run:
         state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
                  'energy': energy, 'task': self.task.metadata(), 'held_out': self.task.held_out_examples(), **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
-        if not self.c.keep_best or not (self.out/'weights.safetensors').exists(): self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
+        if not self.c.keep_best or self.best == math.inf: self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
 
     def save_weights(self, tensors):

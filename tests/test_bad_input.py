@@ -507,7 +507,7 @@ def own_preset(tmp_path, source='smoke', **keys):
     return tmp_path/'mine.toml'
 
 
-def test_what_is_packed_leaves_the_weights_that_ship(pipe, tmp_path):
+def test_what_is_packed_leaves_the_weights_that_ship(tmp_path):
     "It goes to a folder in the run, with its configuration."
     before = (ASSETS/'emoji/translator.safetensors').read_bytes()
     save_weights(tmp_path/'translator/weights.safetensors', load_weights(ASSETS/'emoji/translator.safetensors')[0])
@@ -622,7 +622,7 @@ def test_ctrl_c_tells_what_is_kept(tmp_path, monkeypatch):
 def test_embeddings_in_a_list(pipe):
     "As they come about: rows of one tensor, sums of them, and pairs."
     y = pipe.embed_captions(['a red apple', 'a green heart'])
-    drawn = [pipe(image_embeddings=given, generator=1, num_inference_steps=1) for given in (torch.stack([y[0], (y[0] + y[1])/2, y[1]]), [y[0], (y[0] + y[1])/2, y[1:]])]
+    drawn = [pipe(image_embeddings=given, generator=1, num_inference_steps=1) for given in (torch.stack([(y[0] + y[1])/2, *y]), [(y[0] + y[1])/2, y])]
     assert drawn[0] == drawn[1]
 
 
@@ -645,7 +645,7 @@ def test_a_caption_means_the_same_alone_and_among_others(precision, monkeypatch)
     assert torch.equal(torch.cat([clip.encode_captions([c]) for c in captions]), clip.encode_captions(captions))
 
 
-def test_a_classifier_of_a_preset_that_ships_none_is_not_made_up(tmp_path):
+def test_a_classifier_of_a_preset_that_ships_none_is_not_made_up():
     from t2i.classifier import NoisyClassifier
     with pytest.raises(FileNotFoundError, match="ships no classifier: name the folder"): NoisyClassifier.from_preset(Preset({k: v for k, v in load_preset('emoji').items() if k != 'weights'}), 'cpu')
 
