@@ -1,6 +1,6 @@
 """Make the outputs of executed notebooks fit to be committed: `python .ci/outputs.py nbs/05_experiments.ipynb …`
 
-Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours."""
+Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours, or become JPEG where that is much smaller."""
 import base64
 import io
 import sys
@@ -16,11 +16,11 @@ def smaller(png: str) -> str:
     return min(base64.b64encode(buffer.getvalue()).decode(), png, key=len)
 
 
-def coarser(jpeg: str) -> str:
-    "A base64 JPEG → the same in middling quality, if that is smaller."
+def coarser(picture: str, quality: int) -> str:
+    "A base64 picture → a JPEG of this quality, if that is smaller."
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(jpeg))).save(buffer, 'jpeg', quality=55, optimize=True)
-    return min(base64.b64encode(buffer.getvalue()).decode(), jpeg, key=len)
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGB').save(buffer, 'jpeg', quality=quality, optimize=True)
+    return min(base64.b64encode(buffer.getvalue()).decode(), picture, key=len)
 
 
 def fit(notebook):
@@ -30,9 +30,11 @@ def fit(notebook):
         for output in cell.outputs:
             data = output.get('data', {})
             if 'image/png' in data:
-                data['image/png'] = smaller(data['image/png'])
-                data.pop('image/jpeg', None)
-            elif 'image/jpeg' in data: data['image/jpeg'] = coarser(data['image/jpeg'])
+                drawn = data.pop('image/png')
+                png, jpeg = smaller(drawn), coarser(drawn, 65)
+                data.pop('image/jpeg', None)  # a PIL picture shows itself as both
+                data |= {'image/jpeg': jpeg} if len(jpeg) < 0.9*len(png) else {'image/png': png}
+            elif 'image/jpeg' in data: data['image/jpeg'] = coarser(data['image/jpeg'], 55)
     notebook.metadata.pop('widgets', None)
     return notebook
 

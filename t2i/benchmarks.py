@@ -43,7 +43,8 @@ def speed_column(
     def name(other): return other + ', TF32 off'*(gpu and other in ('baseline', 'diffusers'))
     for section, what in (('sampling', 'sampling step'), ('sampling crowded', 'sampling step'), ('training', 'training step')):
         if section not in found: continue
-        table, what = found[section]['candidates'], what + ', the GPU shared'*found[section].get('shared', False)
+        table = found[section]['candidates']
+        what += ', the GPU shared'*found[section].get('shared', False) + ', one round'*(len(table[ours]['runs']) == 1)
         column[what] = f"{1000*table[ours]['seconds']:.1f} ms"
         for other, row in table.items():
             if other.startswith('ours') or section == 'sampling crowded' and other in found['sampling']['candidates']: continue  # measured without the crowd

@@ -23,7 +23,7 @@ def rank_of(
 ) -> Tensor:  # int64 [N], from 1 to M − K
     "The place of the right candidate when they are sorted by cosine with the query. Ties count against it."
     similarity = F.normalize(queries, dim=-1)@F.normalize(candidates, dim=-1).T
-    ahead = similarity >= similarity.gather(1, right[:, None])
+    ahead = ~(similarity < similarity.gather(1, right[:, None]))
     ahead.scatter_(1, right[:, None], False)
     if excluded is not None: ahead.scatter_(1, excluded, False)
     return 1 + ahead.sum(1)

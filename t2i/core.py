@@ -8,7 +8,8 @@ __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'S
            'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'fixed_seed', 'image_seeds',
            'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8',
            'pil_pictures', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
-           'check_learned', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'save_table']
+           'check_learned', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'table_markdown',
+           'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
 import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
@@ -45,6 +46,8 @@ class Preset(dict):
         try: return self[key]
         except KeyError: raise MissingKey(f"{f'the preset {self.name!r}' if 'name' in self else 'a section of the preset'} has no {key!r}, only {', '.join(self)}: add it, as the presets of the package have it") from None
 
+    def __setattr__(self, key, value): self[key] = value
+
     @classmethod
     def nest(cls, d): return cls({k: cls.nest(v) if isinstance(v, dict) else v for k, v in d.items()})
 
@@ -55,10 +58,11 @@ def preset_names() -> list:
 
 
 def load_preset(
-    preset: 'str | Path | Preset' = 'emoji',  # a name, the path of a TOML file, or a preset that is already loaded
+    preset: 'str | Path | Preset' = 'emoji',  # a name, the path of a TOML file, or a preset that is already loaded, also as plain dictionaries
 ) -> Preset:
     "Read a preset; an unknown name raises a `ValueError` that lists the known ones, as does a section or key that no preset of the package has, or a value of another kind than theirs or out of range. What is missing raises `MissingKey` when it is asked for."
     if isinstance(preset, Preset): return preset
+    if isinstance(preset, dict): return Preset.nest(preset)
     path = Path(preset) if str(preset).endswith('.toml') else PRESETS/f'{preset}.toml'
     if not path.is_file():
         raise ValueError(f"there is no preset {str(preset)!r}: use one of {', '.join(preset_names())}, or the path of a .toml file")
@@ -151,7 +155,8 @@ def compiles(
     "Whether torch.compile works on a device, which takes a C++ compiler and on a GPU Triton; a warning says why not."
     try: torch.compile(lambda x: x + 1, **options)(torch.zeros(8, device=device))
     except Exception as e:
-        warnings.warn(f"torch.compile does not work here ({(str(e).strip() or type(e).__name__).splitlines()[0]}): the networks are not compiled, and slower")
+        reason = next((line for line in str(e).strip().splitlines() if not line.endswith('raised:')), type(e).__name__)
+        warnings.warn(f"torch.compile does not work here ({reason}): the networks are not compiled, and slower")
         return False
     return True
 
@@ -192,6 +197,7 @@ def _leave():
 def autocast(device):
     "Mixed precision where it pays, see `uses_bfloat16`; float32 elsewhere."
     device = torch.device(device)
+    if device.type == 'cuda' and os.environ.get('T2I_PRECISION') == 'float32': torch.backends.cudnn.allow_tf32 = False  # all the bits that were asked for
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device))
 
 # %% ../nbs/00_core.ipynb #4597109d
@@ -247,13 +253,13 @@ def randn(
     device='cpu',
 ) -> torch.Tensor:
     "Standard normal noise of shape [n, *shape], one generator per image."
-    noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device).cpu() for g in generators])
+    noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators])
     return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)  # a GPU fetches it while it computes
 
 
 def rand(generators: list) -> torch.Tensor:
     "Uniform in [0, 1), a number from each generator, [N]."
-    return torch.cat([torch.rand(1, generator=g) for g in generators])
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in generators])
 
 
 def randint(high: int, generators: list) -> torch.Tensor:
@@ -284,11 +290,14 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def from_uint8(images) -> torch.Tensor:
     "uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1]."
-    return torch.as_tensor(images if isinstance(images, torch.Tensor) else np.asarray(images)).permute(0, 3, 1, 2).float()/127.5 - 1
+    images = torch.as_tensor(images if isinstance(images, torch.Tensor) else np.asarray(images))
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise ValueError(f"the images are {images.dtype} {list(images.shape)}: give uint8 [N, H, W, 3]")
+    return images.permute(0, 3, 1, 2).float()/127.5 - 1
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     "float [N, 3, H, W] in [-1, 1] (clipped) → uint8 [N, H, W, 3]."
+    if not x.is_floating_point() or x.ndim != 4: raise ValueError(f"the images are {x.dtype} {list(x.shape)}: give floats [N, 3, H, W] in [-1, 1]")
     return ((x.detach().float().clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -329,7 +338,8 @@ def atomic_path(path: 'str | Path'):
     "A temporary path beside `path`; on success it is synced and takes the place of `path`, on failure it vanishes and `path` is as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
+    name = path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]  # a name may have 255 bytes
+    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{name}.', suffix=path.suffix)
     os.close(handle)
     tmp = Path(tmp)
     try:
@@ -496,7 +506,7 @@ class Exhibit:
 EXHIBITS = {e.number if e.word != 'table' else f'Table {e.number}': e for e in [Exhibit(*row) for row in [
     ('1.1', 'samples', 'A few samples with their captions', '05_experiments'),
     ('2.1', 'timeline', 'Timeline of text-to-image models', '02_diffusion'),
-    ('3.1', 'forward_reverse', 'The forward and the reverse process on one image', '02_diffusion'),
+    ('3.1', 'forward_reverse', 'The forward process on one image, and the reverse process, which ends at another', '02_diffusion'),
     ('3.2', 'similarity', 'Similarity of captions and images, which CLIP training makes diagonal', '06_clip_algebra'),
     ('4.1', 'pipeline', 'The pipeline with its intermediate results', '05_experiments'),
     ('4.2', 'unet', 'The U-Net', '03_decoder'),
@@ -507,17 +517,17 @@ EXHIBITS = {e.number if e.word != 'table' else f'Table {e.number}': e for e in [
     ('5.3', 'diversity', 'Twelve samples of one caption', '05_experiments'),
     ('5.4', 'reconstruction', 'Reconstruction: an image, its embedding, and the decoder', '05_experiments'),
     ('5.5', 'reconstructions', 'Twelve originals and their reconstructions', '05_experiments'),
-    ('5.6', 'upsampling', '64×64 beside 256×256', '05_experiments'),
+    ('5.6', 'upsampling', '64×64 beside 256×256, by interpolation and by the upsampler', '05_experiments'),
     ('5.1', 'table', 'FID, IS, precision and recall of the three variants', '05_experiments'),
     ('5.7', 'average_difference', 'Average and difference of two image embeddings', '06_clip_algebra'),
     ('5.8', 'interpolation', 'Interpolation between two image embeddings', '06_clip_algebra'),
     ('5.9', 'average_captions', 'Average of two captions', '06_clip_algebra'),
-    ('5.10', 'king', 'Man + queen − woman', '06_clip_algebra'),
+    ('5.10', 'king', 'Man + princess − woman (the thesis: queen)', '06_clip_algebra'),
     ('5.11', 'image_guidance', "Image guidance with the target's image embedding", '07_image_guidance'),
     ('5.12', 'image_guidance_caption', 'Image guidance with a target caption', '07_image_guidance'),
     *[(f'A.{i}', 'diversity', 'More samples of one caption', '05_experiments') for i in range(1, 6)],
-    ('B.1', 'king_samples', 'Man + queen − woman, sixteen samples each', '06_clip_algebra'),
-    ('C.1', 'latents', 'Latents during sampling, with and without image guidance', '07_image_guidance'),
+    ('B.1', 'king_samples', 'Man + princess − woman (the thesis: queen), sixteen samples each', '06_clip_algebra'),
+    ('C.1', 'latents', 'Latents during sampling, without (above) and with image guidance', '07_image_guidance'),
     ('C.2', 'image_guidance_samples', 'Sixteen samples with and without image guidance', '07_image_guidance'),
 ]]}
 
@@ -558,6 +568,12 @@ def save_figure(
     return path
 
 
+def table_markdown(table) -> str:
+    "A pandas DataFrame, without its index, as a table in Markdown."
+    rows = [table.columns, ['---']*len(table.columns), *table.itertuples(index=False)]
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
+
+
 def save_table(
     number: str,  # 'Table 5.1'
     table,  # a pandas DataFrame
@@ -568,8 +584,5 @@ def save_table(
     "Save a table as CSV and as Markdown (with its caption) → the two paths."
     csv, md = (exhibit_path(number, preset, out_dir, s) for s in exhibit(number).suffixes)
     with atomic_path(csv) as tmp: table.to_csv(tmp, index=False)
-    rows = [list(table.columns)] + [[str(v) for v in row] for row in table.itertuples(index=False)]
-    lines = ['| ' + ' | '.join(map(str, r)) + ' |' for r in rows]
-    lines.insert(1, '|' + ' --- |'*len(table.columns))
-    with atomic_path(md) as tmp: tmp.write_text('\n'.join(lines) + (f'\n\n{caption}\n' if caption else '\n'), encoding='utf-8')
+    with atomic_path(md) as tmp: tmp.write_text(table_markdown(table) + (f'\n\n{caption}\n' if caption else '\n'), encoding='utf-8')
     return csv, md

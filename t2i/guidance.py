@@ -20,14 +20,15 @@ def classifier_free(
     model,  # network (x_t, t, y) → output, see `Diffusion.interpret`
     y: Tensor,  # [N, E], the condition of each image
     scale: float,  # s; 1 is the conditional model itself, 0 the unconditional one
+    **conditions,  # what else the network is told, with and without y, [N, …]
 ):  # denoiser
     "Classifier-free guidance (Ho & Salimans, 2021); the empty condition is the zero vector."
     if not y.is_floating_point(): raise ValueError(f"the condition of classifier-free guidance is {y.dtype}: the zero vector stands for none, so give embeddings [N, E], not classes")
-    if scale == 1: return diffusion.denoiser(model, y=y)
-    both = torch.cat([y, torch.zeros_like(y)])
+    if scale == 1: return diffusion.denoiser(model, y=y, **conditions)
+    both, conditions = torch.cat([y, torch.zeros_like(y)]), {k: torch.cat([v, v]) for k, v in conditions.items()}
     def denoise(x_t, t):
         channels = x_t.shape[1]
-        output = model(torch.cat([x_t, x_t]), diffusion.network_timesteps(torch.cat([t, t])), both)
+        output = model(torch.cat([x_t, x_t]), diffusion.network_timesteps(torch.cat([t, t])), both, **conditions)
         conditional, empty = output.to(x_t.dtype).chunk(2)
         guided = empty[:, :channels] + scale*(conditional[:, :channels] - empty[:, :channels])
         return diffusion.interpret(torch.cat([guided, conditional[:, channels:]], 1), x_t, t)
@@ -83,8 +84,8 @@ def classifier_guidance(
     if scale == 0: return denoiser
     def denoise(x_t, t):
         x_0, log_variance = denoiser(x_t, t)
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
             gradient, = torch.autograd.grad(log_prob(x, diffusion.network_timesteps(t)).sum(), x)
         return _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift), log_variance
     return denoise
@@ -102,8 +103,8 @@ def clip_guidance(
     _check_shift(shift)
     if scale == 0: return denoiser
     def denoise(x_t, t):
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
             x_0, log_variance = denoiser(x, t)
             similarity = F.cosine_similarity(encode_images(x_0), embedding, dim=-1)
             gradient, = torch.autograd.grad(similarity.sum(), x)

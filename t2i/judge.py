@@ -154,6 +154,7 @@ def fid_error(
     seed: int = 0,
 ) -> float:
     "The standard error of `frechet_distance` by the delete-a-group jackknife over pairs."
+    groups = min(groups, len(real))
     group = torch.as_tensor(np.random.default_rng(seed).permutation(len(real)) % groups)
     left_out = np.array([frechet_distance(generated[group != g], real[group != g]) for g in range(groups)])
     return float(np.sqrt((groups - 1)*left_out.var()))

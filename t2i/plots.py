@@ -148,7 +148,7 @@ def show_similarity(
     figure, axis = plt.subplots(figsize=(0.55*columns + 0.8, 0.55*rows + (1.4 if captions else 0.1)), layout='constrained')
     axis.imshow(matrix, cmap='Blues')
     for (i, j), value in np.ndenumerate(matrix):
-        axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6.5, color='white' if value > (matrix.min() + matrix.max())/2 else 'black')
+        axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6.5, color='white' if value > matrix.min() + 0.65*np.ptp(matrix) else 'black')
     axis.set_xticks(range(columns), captions or ['']*columns, rotation=60, ha='left', fontsize=7, rotation_mode='anchor')
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axis.set_yticks([])
@@ -162,22 +162,27 @@ def show_similarity(
 # %% ../nbs/lib/plots.ipynb #d770d456
 def plot_training(
     log,                # path of the CSV file, or its DataFrame
-    columns=('loss',),  # what to draw against `step`
-    smooth: int = 0,    # average over this many steps; the raw curve stays visible behind it
+    columns=('loss',),  # what to draw against `x`
+    smooth: float = 0,  # average over this much of `x`; the raw curve stays visible behind it
     title: str = None,
+    x: str = 'step',
+    runs=(),            # where in `x` a run ended and another began: a dotted line, which no curve crosses
 ) -> plt.Figure:
-    "Columns of a training log against the step."
+    "Columns of a training log against the step or another column."
     table = log if isinstance(log, pd.DataFrame) else pd.read_csv(log)
-    for c in ('step', *columns):
+    for c in (x, *columns):
         if c not in table: raise ValueError(f"the training log has no column {c!r}: it has {', '.join(table)}")
     figure, axis = plt.subplots(figsize=(5, 2.6), layout='constrained')
     for colour, column in zip(plt.cm.tab10.colors, columns):
-        step, value = table[['step', column]].dropna().to_numpy(float).T
-        first, last = np.searchsorted(step, step - smooth/2), np.searchsorted(step, step + smooth/2, side='right')
-        total = np.concatenate([[0], value.cumsum()])
-        if smooth: axis.plot(step, value, color=colour, alpha=0.3, lw=1)
-        axis.plot(step, (total[last] - total[first])/(last - first), color=colour, label=column, lw=1.2)
-    axis.set(xlabel='step', ylabel=columns[0] if len(columns) == 1 else '', title=title)
+        whole = table[[x, column]].dropna().to_numpy(float)
+        for i, run in enumerate(np.split(whole, np.searchsorted(whole[:, 0], runs, side='right'))):
+            at, value = run.T
+            first, last = np.searchsorted(at, at - smooth/2), np.searchsorted(at, at + smooth/2, side='right')
+            total = np.concatenate([[0], value.cumsum()])
+            if smooth: axis.plot(at, value, color=colour, alpha=0.3, lw=1)
+            axis.plot(at, (total[last] - total[first])/(last - first), color=colour, label=None if i else column, lw=1.2)
+    for end in runs: axis.axvline(end, color='grey', ls=':', lw=0.8)
+    axis.set(xlabel=x, ylabel=columns[0] if len(columns) == 1 else '', title=title)
     axis.spines[['top', 'right']].set_visible(False)
     if len(columns) > 1: axis.legend(frameon=False)
     plt.close(figure)
