@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from measure import copy_rate, matmul_rate
 
-SYNCHRONISING = ('aten::_local_scalar_dense', 'aten::nonzero', 'cudaStreamSynchronize', 'cudaEventSynchronize')
+SYNCHRONISING = {'cpu': ('aten::_local_scalar_dense', 'aten::nonzero'), 'cuda': ('cudaStreamSynchronize', 'cudaEventSynchronize', 'cudaDeviceSynchronize')}  # on a GPU the former end in the latter
 _MOVE_NOTHING = {'view', '_unsafe_view', 'reshape', 'expand', 'permute', 'transpose', 't', 'slice', 'select', 'unbind', 'split', 'squeeze', 'unsqueeze', 'detach', 'as_strided', 'alias', 'unfold', 'empty'}
 
 
@@ -40,8 +40,9 @@ def profiled(work, device, top: int = 12) -> dict:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
-    events = profile.key_averages()
-    time = (lambda e: e.self_device_time_total) if torch.device(device).type == 'cuda' else (lambda e: e.self_cpu_time_total)
+    gpu = torch.device(device).type == 'cuda'
+    events = [e for e in profile.key_averages() if not gpu or e.device_type == torch.autograd.DeviceType.CPU]  # operations, with the time of their kernels, which have rows of their own besides
+    time = (lambda e: e.self_device_time_total) if gpu else (lambda e: e.self_cpu_time_total)
     total = sum(map(time, events))
     return {e.key: time(e)/total for e in sorted(events, key=time, reverse=True)[:top]}
 
@@ -53,7 +54,7 @@ def host_waits(sampler_steps, device) -> int:
     with torch.profiler.profile() as profile:
         for step in steps:
             if step.t == 1: break
-    return sum(e.count for e in profile.key_averages() if e.key in SYNCHRONISING)
+    return sum(e.count for e in profile.key_averages() if e.key in SYNCHRONISING[torch.device(device).type])
 
 
 def gap(model, n: int, seconds: float, device, dtype, training: bool = False) -> dict:

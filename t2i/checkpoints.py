@@ -67,10 +67,12 @@ def load_checkpoint(
     name: str,  # 'translator', 'decoder' or 'upsampler'
     path: 'str | Path',
     learned: 'dict | None' = None,  # of the preset's process, see `Diffusion`
+    statistics: 'Statistics | None' = None,  # that its embeddings are standardised with
 ) -> torch.nn.Module:
-    "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change."
+    "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change. So does one of the process or the statistics, as far as the file tells what it was trained with."
     tensors, metadata = load_weights(path)
     check_learned(path, metadata, learned or {})
+    if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest(): raise ValueError(f"{path} learned from embeddings that were standardised with other statistics than these: take the statistics.safetensors that it was trained with")
     return load_into(model, tensors, path, PRESET_KEYS[name])
 
 # %% ../nbs/lib/checkpoints.ipynb #b22f938e
@@ -91,7 +93,7 @@ def load_statistics(
         if list(tensor.shape) != [embedding_size]:
             raise ValueError(f"{paths[key]} does not fit: {key} is of shape {list(tensor.shape)} in the file and {[embedding_size]} in the preset; "
                              "set clip.embedding_size and clip.model in the preset to the CLIP that it was made with")
-    return Statistics.of(tensors, metadata.get('probe'))
+    return Statistics.of({k: v.clone() for k, v in tensors.items()}, metadata.get('probe'))  # not mapped: Windows replaces no file that is in use
 
 # %% ../nbs/lib/checkpoints.ipynb #0c036452
 PLAIN_CAPTIONS = ['a photo of a dog', 'a red apple on a table', 'two people riding bicycles', 'a blue car',
@@ -166,6 +168,7 @@ def average_weights(
         for k, v in tensors.items():
             if v.is_floating_point(): total[k] += v
         metadata = {k: v for k, v in metadata.items() if other.get(k) == v}
+    del first, tensors  # mapped, and Windows replaces no file that is in use
     return save_weights(target, {k: (v/len(sources)).float() if v.is_floating_point() else v for k, v in total.items()}, metadata)
 
 # %% ../nbs/lib/checkpoints.ipynb #662d6446

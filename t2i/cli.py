@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'STAGES', 'DEVICE', 'SAMPLER', 'PRESET', 'FOLDER', 'BATCH_SIZE', 'SEEDS', 'PICTURE_FILES', 'AFTER_CLIP',
            'generate', 'sample', 'upsample_command', 'prepare_command', 'train_stage', 'train', 'pack', 'convert',
-           'average', 'figures', 'build_emoji_command']
+           'average', 'figures', 'build_emoji_command', 'main']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import contextlib, functools, hashlib, math, os, secrets, shutil, sys, warnings
+import contextlib, errno, functools, hashlib, math, os, secrets, shutil, sys, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -35,8 +35,6 @@ def _command(name=None):
         @app.command(name)
         @functools.wraps(command)
         def told(**given):
-            for stream in (sys.stdout, sys.stderr):
-                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')  # where the terminal has no "×", a question mark will do
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = functools.partial(_note, warnings.showwarning)
@@ -58,6 +56,7 @@ def _sentence(e: Exception, out) -> str:
     why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     if isinstance(e, OSError) and e.errno:
         why, path = e.strerror, e.filename2 or e.filename
+        if e.errno == errno.ENAMETOOLONG: return f"{path} could not be read or written ({why}): give it a shorter name"
         if path and not (out and Path(str(path)).name.startswith('.')): out = path  # with a dot it is the temporary one of `atomic_path`
     elif not isinstance(e, SafetensorError): return why
     return f"{out or 'a file'} could not be read or written ({why}): make room, or name another place"
@@ -514,7 +513,7 @@ def average(
 # %% ../nbs/lib/cli.ipynb #340b3eaa
 @_command()
 def figures(
-    preset: str = typer.Option('emoji', help='Name or .toml path.'),
+    preset: Optional[str] = PRESET,
     only: Optional[List[str]] = typer.Option(None, help="A number of the thesis, such as 5.10 or 'Table 5.1'; may be given several times. Default: all."),
     out: Path = typer.Option(Path('figures'), help='Folder; the executed chapters are kept in it too. A relative one lies in the repository.'),
     folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship: the checkpoints of `thesis`.'),
@@ -523,6 +522,7 @@ def figures(
 ):
     "Run the chapters that own figures and tables of the thesis. A chapter that fails does not stop the others; the exit code is then 1."
     import time
+    preset = preset or load_preset(_preset(None, folder)).name  # a chapter takes a name or a path
     load_preset(preset)
     wanted = {number: exhibit(number) for number in only or EXHIBITS}
     notebooks = PACKAGE.parent/'nbs'
@@ -560,4 +560,11 @@ def build_emoji_command(
     typer.echo(f"{len(table)} pictures of {table.concept.nunique()} concepts: {table['split'].value_counts().to_dict()}")
 
 # %% ../nbs/lib/cli.ipynb #0ec2b276
-if __name__ == '__main__' and '__file__' in globals(): app()
+def main():
+    "The command `t2i`."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')  # where the terminal has no "×", a question mark will do
+    app()
+
+
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -121,13 +121,16 @@ def extract_features(
     if isinstance(images, Features): return images
     images, device = _as_uint8(images), get_device(device)
     name, extractor = _extractor(features, device)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same numbers as on a CPU
         parts = [[f.float().cpu() for f in extractor(batch.to(device).permute(0, 3, 1, 2))] for batch in images.split(batch_size) if len(batch)]
     if not parts: raise ValueError("there are no images to extract features from: give at least one")
     return Features(name, *(torch.cat(p) for p in zip(*parts)))
 
 # %% ../nbs/lib/metrics.ipynb #2a46319c
-def _check_number(*features, at_least: int):
+def _check_features(*features, at_least: int):
+    if not all(isinstance(f, torch.Tensor) and f.ndim == 2 and f.shape[1] == features[0].shape[1] for f in features):
+        raise ValueError(f"the features are {' and '.join(str(list(f.shape)) if isinstance(f, torch.Tensor) else type(f).__name__ for f in features)}: give tensors [N, D] of the same extractor, `pooled` of `extract_features`")
+    if not all(f.isfinite().all() for f in features): raise ValueError("the features hold values that are not finite: extract them again, in float32")
     if min(map(len, features)) < at_least: raise ValueError(f"{' and '.join(str(len(f)) for f in features)} images are too few for this distance: give at least {at_least} of each")
 
 
@@ -136,7 +139,7 @@ def frechet_distance(
     b: torch.Tensor,  # features [M, D]
 ) -> float:
     "Squared Fréchet distance of the Gaussians with the means and covariances of `a` and `b` (FID; Heusel et al., 2017)."
-    _check_number(a, b, at_least=2)
+    _check_features(a, b, at_least=2)
     if len(a) + len(b) < a.shape[1]:
         basis = torch.linalg.qr(torch.cat([a, b]).double().T).Q  # [D, N + M], orthonormal
         a, b = a.double() @ basis, b.double() @ basis
@@ -150,7 +153,7 @@ def kernel_distance(
     seed: int = 0,    # which subsets are drawn
 ) -> tuple:
     "Mean and standard deviation of KID (Bińkowski et al., 2018) over 100 random subsets of half the smaller set, at most 1,000 images."
-    _check_number(a, b, at_least=4)
+    _check_features(a, b, at_least=4)
     found = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a)//2, len(b)//2), rng_seed=seed, verbose=False)
     return found['kernel_inception_distance_mean'], found['kernel_inception_distance_std']
 
@@ -167,7 +170,7 @@ def precision_recall(
     real: torch.Tensor,       # features [M, D]
 ) -> tuple:
     "Improved precision and recall with 3 neighbours (Kynkäänniemi et al., 2019), each in [0, 1]."
-    _check_number(generated, real, at_least=4)
+    _check_features(generated, real, at_least=4)
     found = prc_features_to_metric(generated, real, verbose=False)
     return found['precision'], found['recall']
 
@@ -215,6 +218,7 @@ def clip_score(
 ) -> np.ndarray:
     "100·max(cos, 0) for each image with its caption, float [N] (Hessel et al., 2021)."
     captions = [captions] if isinstance(captions, str) else captions
+    images = images if getattr(images, 'ndim', 3) == 4 else pil_pictures(images)
     if len(images) != len(captions): raise ValueError(f"{len(images)} images and {len(captions)} captions were given: each image needs its caption")
     cosines = (clip.encode_images(images, normalize=True)*clip.encode_captions(captions, normalize=True)).sum(1)
     return 100*cosines.float().clamp(min=0).cpu().numpy()

@@ -8,7 +8,7 @@ __all__ = ['PER_SHARD', 'MAX_BYTES', 'MAX_CHARACTERS', 'MAX_CAPTIONS', 'VALIDATI
            'npz_shards', 'class_shards', 'CocoCaptions', 'coco_shards', 'picture_shards', 'find_shards']
 
 # %% ../nbs/lib/readers.ipynb #e72dbcb3
-import csv, hashlib, itertools, json, math, os, tarfile, zipfile
+import csv, hashlib, itertools, json, math, os, tarfile, unicodedata, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -262,10 +262,15 @@ def _pictures_in(folder) -> list:
         return sorted((e for e in entries if not e.name.startswith('.') and Path(e.name).suffix.lower() in PICTURES), key=lambda e: e.name)
 
 
+def _composed(path) -> str:
+    "A path as a key. A Mac's programs write the letter é of a name as e and an accent, others as one character; there both are the same file."
+    return unicodedata.normalize('NFC', str(path))
+
+
 def _has_captions(folder) -> bool:
     "Whether a .txt lies beside one of the pictures."
-    names = set(os.listdir(folder))
-    return any(Path(e.name).stem + '.txt' in names for e in _pictures_in(folder))
+    names = set(map(_composed, os.listdir(folder)))
+    return any(_composed(Path(e.name).stem + '.txt') in names for e in _pictures_in(folder))
 
 
 def _read_class(folder, root, start, stop, name):
@@ -417,14 +422,18 @@ def _described(root, table):
     "[(key, path, captions) or `Skipped`] for the pictures below `root`, each with its `.txt` or its rows of `table`; and for what names no picture."
     entries = {e.path: e for folder in _folders(root) for e in _pictures_in(folder)}
     if table is None:
-        texts = {str(p) for folder in _folders(root) for p in folder.glob('[!.]*.txt')}
-        items = [(p, Path(p).with_suffix('.txt')) for p in entries]
-        return entries, items + [Skipped(_key(Path(p).relative_to(root).as_posix()), 'no image') for p in sorted(texts - {str(t) for _, t in items})]
-    captions, items = {}, []
+        texts = {_composed(p): p for folder in _folders(root) for p in folder.glob('[!.]*.txt')}
+        beside = {p: Path(p).with_suffix('.txt') for p in entries}
+        items = [(p, texts.pop(_composed(text), text)) for p, text in beside.items()]
+        return entries, items + [Skipped(_key(p.relative_to(root).as_posix()), 'no image') for p in sorted(texts.values())]
+    captions, items, pictures = {}, [], set(map(_composed, entries))
+    def picture_of(name):
+        place = lambda name: _composed(os.path.normpath(root/name))
+        return place(name) if place(name) in pictures else place(name.replace('\\', '/'))  # a table that was written on Windows
     for row in _table_rows(table):
         if isinstance(row, Skipped): items.append(row)
-        else: captions.setdefault(os.path.normpath(root/row[0].strip()), []).extend(row[1])
-    items += [(p, captions.pop(p, [])) for p in entries]
+        else: captions.setdefault(picture_of(row[0].strip()), []).extend(row[1])
+    items += [(p, captions.pop(_composed(p), [])) for p in entries]
     return entries, items + [Skipped(_key(os.path.relpath(p, root)), 'no image') for p in captions]
 
 

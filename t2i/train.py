@@ -35,7 +35,7 @@ class Task:
 
     def __len__(self) -> int: "Number of training examples."; raise TypeError(f'{type(self).__name__} must define __len__')
     def batch(self, indices, generators): "Tensors [N, …] of the examples at `indices`, on the CPU; what is random about an example is drawn from its generator."; raise TypeError(f'{type(self).__name__} must define batch')
-    def loss(self, model, batch) -> dict: "{'loss': scalar tensor, …}: the first is minimised, the others are logged."; raise TypeError(f'{type(self).__name__} must define loss')
+    def loss(self, model, batch) -> dict: "{'loss': scalar tensor, …}: 'loss' is minimised, the others are logged."; raise TypeError(f'{type(self).__name__} must define loss')
     def validate(self, model) -> dict: "Numbers measured on held-out examples, with the averaged weights in eval mode."; return {}
     def held_out_examples(self): "What tells the examples of `validate` from others, in a few letters: the best of them is no measure for others."; return ''
     def samples(self, model): "A PIL picture of what the model can do, or None."; return None
@@ -305,7 +305,7 @@ class _Run:
         if self.task.contrastive and self.micro_batch < c.batch_size:
             raise ValueError(f"the loss of {name} compares all examples of a batch: train it in one process, without micro_batch")
         self.mine = slice(self.rank*share, (self.rank + 1)*share)
-        fewer = f"set {'batch_size' if self.task.contrastive else 'micro_batch'} below {self.micro_batch} in the [train.…] section of its preset, or " if self.micro_batch > 1 else ''
+        fewer = f"set {'batch_size' if self.task.contrastive else 'micro_batch'} below {self.micro_batch} in the [train.…] section of its preset (a copy of the package's in t2i/presets, named with --preset), or " if self.micro_batch > 1 else ''
         self.memory = f"a training step with {self.micro_batch} example{'s'*(self.micro_batch > 1)} at once", f"{fewer}set gradient_checkpointing = true if it is a U-Net"
 
     def wrap(self, initial):
@@ -353,7 +353,8 @@ class _Run:
 
     def go_on(self, state):
         "From where a checkpoint was written, with the preset's settings of now."
-        self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))  # a weight without gradient has no state
+        for name, _ in self.task.model.named_parameters(): state['optimizer']['state'].setdefault(name, {})  # a weight without gradient has none, and torch 2.6 asks for it
+        self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))
         for group in self.optimizer.param_groups: group.update(betas=tuple(self.c.betas), weight_decay=self.c.weight_decay)
         for k in self.counts: setattr(self, k, state[k])
         if state.get('held_out') != self.task.held_out_examples(): self.best, self.since_best = math.inf, 0

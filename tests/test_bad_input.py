@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from shell import says, shell
 from t2i import data
-from t2i.cli import _trained, app
+from t2i.cli import _trained, main
 from t2i.checkpoints import check_clip, load_config, load_statistics
 from t2i.clip import CLIP
 from t2i.core import ASSETS, PRESETS, Preset, load_preset, load_weights, save_weights
@@ -282,9 +282,20 @@ def test_a_terminal_without_a_sign(monkeypatch, tmp_path):
     out = io.BytesIO()
     monkeypatch.setattr('sys.stdout', io.TextIOWrapper(out, 'cp1251'))
     monkeypatch.setattr('sys.stderr', io.TextIOWrapper(io.BytesIO(), 'cp1251'))
-    with pytest.raises(SystemExit): app(['convert', str(tmp_path/'no 3 × 3.pt'), str(tmp_path/'x.safetensors')])
+    for words in (['convert', str(tmp_path/'no 3 × 3.pt'), str(tmp_path/'x.safetensors')], ['upsample', '--help']):
+        monkeypatch.setattr('sys.argv', ['t2i', *words])
+        with pytest.raises(SystemExit): main()
     print('3 × 3', flush=True)
-    assert out.getvalue() == b'3 ? 3\n'
+    assert out.getvalue().endswith(b'3 ? 3\n') and b'Usage' in out.getvalue()
+
+
+def test_long_names_of_files(tmp_path):
+    "As long as a file's name may be, with a temporary one that is no longer; and one that is too long."
+    from t2i.core import atomic_path
+    for name in ('a'*251 + '.png', 'ä'*120 + '.png'):
+        with atomic_path(tmp_path/name) as tmp: tmp.write_bytes(b'x')
+    assert sorted(p.read_bytes() for p in tmp_path.iterdir()) == [b'x', b'x']
+    says(shell('generate', 'a red apple', '--preset', 'smoke', '--out', tmp_path/('a'*252 + '.png')), 'give it a shorter name', alone=False)
 
 
 @pytest.mark.parametrize('given, words', [({'guidance_scale': '3'}, "guidance_scale is '3': give a number"), ({'exposure_bias': 'a'}, "exposure_bias is 'a'"), ({'num_images_per_prompt': '2'}, "per_prompt is '2': it is a whole number"), ({'num_images_per_prompt': True}, 'per_prompt is True')])
@@ -473,7 +484,8 @@ def test_captions_that_are_none(pipe):
 
 
 def test_a_folder_of_pictures_knows_no_base_image(pipe, tmp_path):
-    with pytest.raises(ValueError, match='without base_image'): draw_to_folder(pipe, ['a'], lambda: None, tmp_path, 0, base_image=Image.new('RGB', (8, 8)))
+    for name, value in (('base_image', Image.new('RGB', (8, 8))), ('latents', torch.zeros(1, 3, 64, 64))):
+        with pytest.raises(ValueError, match=f'without {name}'): draw_to_folder(pipe, ['a'], lambda: None, tmp_path, 0, **{name: value})
 
 
 def test_emoji_in_a_caption_are_words():

@@ -170,7 +170,14 @@ def test_distances_of_too_few_pictures():
     features = torch.randn(3, 5)
     for function, few in ((frechet_distance, 1), (kernel_distance, 3), (precision_recall, 3)):
         with pytest.raises(ValueError, match=f'{few} and {few} images are too few'): function(features[:few], features[:few])
-    with pytest.raises(ValueError, match='3 images and 1 captions'): clip_score(None, [None]*3, 'abc')
+    with pytest.raises(ValueError, match='3 images and 1 captions'): clip_score(None, [Image.new('RGB', (8, 8))]*3, 'abc')
+
+
+def test_the_error_of_few_pairs():
+    "Each pair is a group then, and none is empty."
+    from t2i.judge import fid_error
+    a, b = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    assert fid_error(a, b, groups=10) == fid_error(a, b, groups=6) > 0
 
 
 def test_what_is_transparent_is_white():

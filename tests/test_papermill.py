@@ -1,4 +1,6 @@
 """All chapters from a foreign working directory, as papermill runs them."""
+import json
+
 import pandas as pd
 import pytest
 
@@ -33,5 +35,8 @@ def test_the_table_has_every_variant(everything):
 def test_a_failing_chapter_is_named_and_does_not_stop_the_others(tmp_path):
     result = shell('figures', '--preset', 'thesis', '--only', '5.11', '--only', '5.2', '--out', tmp_path)
     assert result.exit_code == 1 and result.output.count('not written') == 2 and '2 of 2 chapters failed: 05_experiments, 07_image_guidance' in result.output
+    (tmp_path/'config.json').write_text(json.dumps({k: {} for k in ('clip', 'data', 'diffusion', 'decoder', 'translator', 'sampling')} | {'name': 'mine'}))
+    result = shell('figures', '--folder', tmp_path, '--only', '5.2', '--out', tmp_path)
+    assert result.exit_code == 1 and "no preset 'mine'" in result.output and '.toml' in result.output
     result = shell('figures', '--only', '9.9', '--out', tmp_path)
     assert result.exit_code == 1 and "no exhibit '9.9'" in result.output

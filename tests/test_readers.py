@@ -52,6 +52,33 @@ def good(samples): return {s.key: s.captions for s in samples if isinstance(s, S
 
 
 # -- formats ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('table', [False, True])
+def test_names_that_a_mac_writes_in_another_way(tmp_path, table):
+    "The letter é is one character or two; on a Mac both name one file."
+    composed, decomposed = 'caf\u00e9', 'cafe\u0301'
+    for i, name in enumerate((composed + '1', decomposed + '2')): (tmp_path/f'{name}.png').write_bytes(picture(size=(12, 8 + i)))
+    if table: (tmp_path/'captions.csv').write_text(f'file,caption\n{decomposed}1.png,one\n{composed}2.png,two\n', encoding='utf-8')
+    else:
+        for name, text in ((decomposed + '1', 'one'), (composed + '2', 'two'), ('alone', 'none')): (tmp_path/f'{name}.txt').write_text(text)
+    samples = read(tmp_path)
+    assert good(samples) == {f'{composed}1.png': ('one',), f'{decomposed}2.png': ('two',)}
+    assert reasons(samples) == ({} if table else {'alone.txt': 'no image'})
+
+
+def test_a_text_is_seen_beside_a_name_that_a_mac_wrote(tmp_path):
+    (tmp_path/'cafe\u0301.png').write_bytes(picture())
+    (tmp_path/'caf\u00e9.txt').write_text('one')
+    assert good(read(tmp_path)) == {'cafe\u0301.png': ('one',)}
+
+
+def test_a_table_that_was_written_on_windows(tmp_path):
+    (tmp_path/'a').mkdir()
+    for name in ('a/1.png', 'a/2.png', 'b\\3.png'): (tmp_path/name).write_bytes(picture())
+    (tmp_path/'captions.csv').write_text('file,caption\na\\1.png,one\na/2.png,two\nb\\3.png,three\na\\4.png,four\n')
+    samples = read(tmp_path)
+    assert good(samples) == {'a/1.png': ('one',), 'a/2.png': ('two',), 'b\\3.png': ('three',)} and reasons(samples) == {'a/4.png': 'no image'}
+
+
 def test_captions_are_found_in_whatever_folder_they_are(tmp_path):
     for name in ('a/1', 'b/2', 'b/3'):
         (tmp_path/name).parent.mkdir(exist_ok=True)
