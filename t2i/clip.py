@@ -197,10 +197,17 @@ class CLIP:
     """The two encoders of a CLIP model. `encode_images` and `encode_captions` return float32 [N, D], raw or scaled to unit length.
 
     Make one with `CLIP.from_preset`, `CLIP.pretrained` (any model of open_clip, by name or from a file) or `CLIP.small`."""
-    def __init__(self, model, tokenize, image_size: int, mean=(0.5,)*3, std=(0.5,)*3, device=None, name='clip'):
-        self.device, self.name, self.image_size = get_device(device), name, image_size
-        self.model, self.tokenize = model.eval().to(self.device), tokenize
-        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (mean, std))
+    def __init__(self, model, tokenize, image_size: 'int | tuple', mean=(0.5,)*3, std=(0.5,)*3, device=None, name='clip'):
+        self.image_size = image_size if isinstance(image_size, int) else image_size[0]  # open_clip's models have a pair
+        self.name, self.model, self.tokenize = name, model.eval(), tokenize
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+        self.to(device)
+
+    def to(self, device) -> 'CLIP':
+        "This CLIP, moved to another device."
+        self.device = get_device(device)
+        self.model, self.mean, self.std = (part.to(self.device) for part in (self.model, self.mean, self.std))
+        return self
 
     # -- making one ---------------------------------------------------------------------------------------------
     @classmethod
@@ -237,9 +244,8 @@ class CLIP:
         model = (open_clip.CustomTextCLIP if config.pop('custom_text', False) else open_clip.CLIP)(**config)
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}  # OpenAI's archive has numbers too
         load_into(model, tensors, path, [('', 'clip.model')])
-        size = model.visual.image_size
-        return cls(model, open_clip.get_tokenizer(name), size if isinstance(size, int) else size[0],
-                   tag.get('mean', open_clip.OPENAI_DATASET_MEAN), tag.get('std', open_clip.OPENAI_DATASET_STD), device, name)
+        return cls(model, open_clip.get_tokenizer(name), model.visual.image_size,
+                   metadata.get('mean') or tag.get('mean', open_clip.OPENAI_DATASET_MEAN), metadata.get('std') or tag.get('std', open_clip.OPENAI_DATASET_STD), device, name)
 
     @classmethod
     def load(cls, config: dict, path, device=None):
@@ -266,8 +272,8 @@ class CLIP:
             return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'], preset.clip.context_length).pieces, device)
 
     def save(self, path, dtype=None) -> Path:
-        "Write the weights, as `dtype` if one is given, and for a small CLIP its vocabulary, to a safetensors file that `from_preset` reads."
-        metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {}
+        "Write the weights, as `dtype` if one is given, and for a small CLIP its vocabulary, for another its normalisation, to a safetensors file that `from_preset` reads, if the preset's section clip says the same sizes or the same `model`."
+        metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {k: getattr(self, k).flatten().tolist() for k in ('mean', 'std')}
         return save_weights(path, self.model.state_dict(), metadata, dtype)
 
     # -- encoding -----------------------------------------------------------------------------------------------
@@ -279,6 +285,9 @@ class CLIP:
     def logit_scale(self) -> float:
         "The factor on cosines in the training loss (CLIP's inverse temperature)."
         return self.model.logit_scale.exp().item()
+
+    def _check_mode(self):
+        if self.model.training: raise ValueError("the CLIP is in training mode, where embeddings depend on the rest of the batch or on chance: call clip.model.eval() first")
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         "float [N, 3, H, W] in [-1, 1] → raw embeddings [N, D]; gradients flow (CLIP guidance needs them)."
@@ -294,6 +303,7 @@ class CLIP:
         batch_size: int = 64,
     ) -> torch.Tensor:
         "float32 [N, D] on the CPU."
+        self._check_mode()
         if isinstance(images, torch.Tensor): images = images.cpu().numpy()
         if getattr(images, 'ndim', 3) == 3: images = pil_pictures(images)
         elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -321,6 +331,7 @@ class CLIP:
     @torch.no_grad()
     def encode_captions(self, captions: list, normalize: bool = False, batch_size: int = 256) -> torch.Tensor:
         "float32 [N, D] on the CPU."
+        self._check_mode()
         captions = check_captions(captions)
         out = []
         for i in range(0, len(captions), batch_size):

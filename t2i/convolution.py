@@ -108,7 +108,14 @@ class Conv3x3(nn.Conv2d):
         if (x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
             or h % 4 or w % 4 or h * w < 64 or min(self.in_channels, self.out_channels) < 96): return super().forward(x)
         if torch.is_grad_enabled(): return _Winograd.apply(x, self.weight, self.bias)
-        kept = _KEPT.get()
-        filters = _filters(self.weight) if kept is None or self not in kept else kept[self]
-        if kept is not None: kept[self] = filters
-        return _pixels(_products(_tiles(x), filters, self.bias), len(x), h, w)
+        return _pixels(_products(_tiles(x), self._kept_filters(), self.bias), len(x), h, w)
+
+    def _kept_filters(self):
+        "`_filters` of the weight; inside `weights_stay` those of the pass before, unless the weight was changed since."
+        kept, weight = _KEPT.get(), self.weight
+        if kept is None: return _filters(weight)
+        version = None if weight.is_inference() else weight._version
+        before, before_version, filters = kept.get(self, (None, None, None))
+        if before is not weight or before_version != version: filters = _filters(weight)
+        kept[self] = weight, version, filters
+        return filters

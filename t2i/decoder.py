@@ -88,9 +88,10 @@ def guided_denoiser(
     guidance_scale: float = 6.,  # s; 1 is no guidance
     thresholding: str = 'dynamic',  # 'dynamic', 'static' or 'none'
     percentile: float = 99.5,  # of dynamic thresholding
+    **conditions,  # what else the network is told, [N, …] each
 ):  # denoiser: (x_t, t) → (x_0, log_variance)
     "The denoiser of Algorithm 1: classifier-free guidance, then thresholding."
-    denoiser = classifier_free(diffusion, model, y, guidance_scale)
+    denoiser = classifier_free(diffusion, model, y, guidance_scale, **conditions)
     if thresholding == 'dynamic': return dynamic_threshold(denoiser, percentile)
     if thresholding == 'static': return static_threshold(denoiser)
     if thresholding == 'none': return denoiser
@@ -108,15 +109,19 @@ def decode(
     thresholding: str = 'dynamic',  # 'dynamic', 'static' or 'none'
     percentile: float = 99.5,  # of dynamic thresholding
     hook=None,  # (x, t) → x, called after every step
+    x_T: 'Tensor | None' = None,  # latents [N, 3, H, W] to start from; default: noise from the generators
+    **conditions,  # what else the network is told, [N, …] each
 ) -> Tensor:  # images [N, 3, H, W] in [-1, 1], on the network's device
-    "Draw one image for each embedding (Algorithm 1). The same generator draws the same image, in a batch of any size."
+    "Draw one image for each embedding (Algorithm 1). The same generator draws the same image, in a batch of any size. A `FloatingPointError` if the network's numbers overflow."
     if model.training: raise ValueError("the decoder is in training mode and would drop activations at random: call model.eval() first")
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device = make_generators(generator, len(y)), next(model.parameters()).device
-    x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device)
+    x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device) if x_T is None else x_T.to(device, torch.float32)
     with torch.no_grad(), autocast(device), weights_stay():
-        denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile)
-        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
+        denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile, **conditions)
+        x = sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
+    if x.isnan().any(): raise FloatingPointError("the decoder drew what is not a number: its weights are damaged, or too large for 16 bits, where T2I_PRECISION=float32 helps")
+    return x
 
 # %% ../nbs/03_decoder.ipynb #5c7194cb
 def draw_augmentation(

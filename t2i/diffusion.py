@@ -57,7 +57,9 @@ class Diffusion:
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
         self.target, self.vlb_weight, self.snr_range, self.robust, self.exposure_bias = target, vlb_weight, snr_range, robust, 0.
         self.learned = {'target': target, 'schedule': schedule, 'timesteps': timesteps}  # what a network that was trained with this process depends on
-        alphas_cumprod = (1 - SCHEDULES[schedule](timesteps)).cumprod(0)
+        betas = torch.as_tensor(SCHEDULES[schedule](timesteps), dtype=torch.float64)
+        if betas.shape != (timesteps,) or not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any(): raise ValueError(f"the schedule {schedule!r} does not return β of every timestep: {timesteps} numbers above 0, and below 1 but for the last")
+        alphas_cumprod = (1 - betas).cumprod(0)
         self.trained = self  # what respacing and expecting errors leave as it is: the process that a network is trained with
         self._tabulate(alphas_cumprod, torch.arange(timesteps))
 
@@ -90,6 +92,7 @@ class Diffusion:
     ) -> Tensor:  # [N, 1, …, 1]
         "The entries of a table at `t`, rounded only now, ready to be multiplied with `like`."
         key = table, like.dtype, like.device
+        if not like.is_floating_point() and getattr(self, table).is_floating_point(): raise ValueError(f"the images are {like.dtype}: give floats in [-1, 1], t2i.core.from_uint8 converts")
         if key not in self._cast: self._cast[key] = getattr(self, table).to(like.dtype).to(like.device)
         return self._cast[key][t].reshape(-1, *[1]*(like.ndim - 1))
 
@@ -208,6 +211,7 @@ def interpret(
 ) -> tuple:  # x_0 and log_variance, both [N, C, H, W]
     "What the output of a network means."
     output, channels = output.to(x_t.dtype), x_t.shape[1]
+    if output.shape[2:] != x_t.shape[2:] or len(output) != len(x_t): raise ValueError(f"the network returned {list(output.shape)} for latents {list(x_t.shape)}: only the channels may differ")
     if output.shape[1] not in (channels, 2*channels):
         raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
     x_0, variance = output[:, :channels], output[:, channels:]

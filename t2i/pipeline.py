@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics, save_config
 from .clip import CLIP, check_captions
 from .convolution import weights_stay
-from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, to_pil, to_tensor, to_uint8
+from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
@@ -31,7 +31,7 @@ from .upsampler import ZeroShot, check_noise, choose_labels, imagenet_names, mak
 def _memory_for(n: int, pixels: int):
     "Around the drawing of n pictures at once."
     if n == 1: return enough_memory(f"a picture of {pixels}×{pixels} pixels")
-    return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once", f"halve the batch with batch_size={n//2} (--batch-size {n//2})")
+    return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once", f"halve the batch with batch_size={n//2} (--batch-size {n//2}, or batch_size in the [sampling] or [upsampler.sampling] of a preset of your own)")
 
 # %% ../nbs/lib/pipeline.ipynb #74536b1e
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
@@ -42,9 +42,9 @@ def _learned(preset, name: str) -> dict:
     return {'decoder': make_diffusion, 'upsampler': make_upsampler_diffusion}[name](preset).learned if name != 'translator' else {}
 
 
-def load_model(name: str, preset, path):
-    "The network `name` of MODELS, as a preset has it, with the weights in a file; a `ValueError` if they are of another size or process."
-    return load_checkpoint(MODELS[name](preset), name, path, _learned(preset, name))
+def load_model(name: str, preset, path, statistics: 'Statistics | None' = None):
+    "The network `name` of MODELS, as a preset has it, with the weights in a file; a `ValueError` if they are of another size, process or, where `statistics` are given, standardisation."
+    return load_checkpoint(MODELS[name](preset), name, path, _learned(preset, name), statistics)
 
 
 class TextToImage:
@@ -54,6 +54,8 @@ class TextToImage:
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator.eval(), decoder.eval(), upsampler and upsampler.eval()
+        sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size, 'statistics': len(statistics.image.mean), 'decoder': decoder.embedding_size}
+        if len(set(sizes.values())) > 1: raise ValueError(f"embeddings have different sizes in the parts of this pipeline ({', '.join(f'{k} {v}' for k, v in sizes.items())}): give parts that were trained together")
         for network in (self.decoder, self.upsampler):
             if network: network.to(memory_format=torch.channels_last)  # convolutions on a CPU reorder weights in every pass, and this order is near the one they want
         self.diffusion = make_diffusion(self.preset, sampling=True)
@@ -76,7 +78,7 @@ class TextToImage:
         with enough_memory(f"the models of the preset {preset.name!r}"):
             clip = CLIP.from_preset(preset, device, folder)
             check_clip(clip, statistics, folder)
-            models = {name: load_model(name, preset, path).to(device) for name, path in paths.items() if path}
+            models = {name: load_model(name, preset, path, statistics).to(device) for name, path in paths.items() if path}
         return cls(clip, statistics=statistics, preset=preset, **models)
 
     @classmethod
@@ -111,12 +113,20 @@ class TextToImage:
         self.clip.save(folder/'clip.safetensors', dtype)
         self.statistics.save(folder/'statistics.safetensors')
         for name in MODELS:
-            if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name, **_learned(self.preset, name)}, dtype)
+            if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name, 'statistics': self.statistics.digest(), **_learned(self.preset, name)}, dtype)
         save_config(folder, self.preset)
         return folder
 
     @property
     def device(self): return next(self.decoder.parameters()).device
+
+    def to(self, device) -> 'TextToImage':
+        "This pipeline, moved to another device."
+        device = get_device(device)
+        for model in (self.translator, self.decoder, self.upsampler):
+            if model: model.to(device)
+        self.clip.to(device)
+        return self
 
     def compile(
         self,
@@ -154,6 +164,7 @@ class TextToImage:
         if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
         y = self.statistics.text.standardize(self.clip.encode_captions(captions)).to(self.device)
+        if translate and self.translator.training: raise ValueError("the translator is in training mode and would drop activations at random: call pipe.translator.eval() first")
         return self.translator(y) if translate else y
 
     def embed_images(self, images) -> torch.Tensor:
@@ -185,6 +196,7 @@ class TextToImage:
         guidance_scale: 'float | None' = None,  # s of classifier-free guidance, 1 is none; default: the preset's
         exposure_bias: 'float | None' = None,  # the deviation of the decoder's own errors in its latents, see `Diffusion.expect_errors`; default: the preset's
         generator=None,  # a seed, a torch.Generator, or one of them for each picture; None draws a fresh seed
+        latents: 'torch.Tensor | None' = None,  # x_T [N, 3, H, W] to start from, such as an inverted picture's; default: noise from the generators
         translate: bool = True,  # False leaves the translator out
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
         image_guidance_scale: 'float | None' = None,  # w; default: the preset's
@@ -209,7 +221,7 @@ class TextToImage:
         steps = s.steps if num_inference_steps is None else num_inference_steps
         process = self.diffusion if exposure_bias is None else self.diffusion.expect_errors(exposure_bias)
         diffusion, generators = process.respace(steps), make_generators(generator, len(y))
-        base, mask = self._base(base_image, len(y)), self._mask(mask)
+        base, mask, latents = self._base(base_image, len(y)), self._mask(mask), self._latents(latents, len(y))
         pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
@@ -219,7 +231,7 @@ class TextToImage:
                 hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
                 with _memory_for(len(y[part]), self.preset.data.image_size):
                     x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps,
-                               s.guidance_scale if guidance_scale is None else guidance_scale, s.thresholding, s.percentile, hook)
+                               s.guidance_scale if guidance_scale is None else guidance_scale, s.thresholding, s.percentile, hook, None if latents is None else latents[part])
                 drawn.append(x)
                 bar.update(len(x))
         x = torch.cat(drawn)
@@ -245,6 +257,11 @@ class TextToImage:
         base = to_tensor(pil_pictures(base_image, 'base_image'), self.preset.data.image_size).to(self.device)
         if len(base) not in (1, n): raise ValueError(f"{len(base)} base images were given for {n} pictures: give one for all, or one for each")
         return base
+
+    def _latents(self, latents, n):
+        expected = [n, self.decoder.in_channels, *[self.decoder.image_size]*2]
+        if latents is None or isinstance(latents, torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point() and latents.isfinite().all(): return latents
+        raise ValueError(f"latents are {f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__}: give finite numbers {expected}, x_T of each picture")
 
     def _mask(self, mask):
         if mask is None: return None
@@ -394,14 +411,16 @@ def draw_to_folder(
     **settings,  # num_inference_steps, guidance_scale, sampler, upsample, …: see `TextToImage`
 ) -> list:  # N paths
     "Draw pictures to `folder`/00000.png, 00001.png, … and go on where an earlier run was stopped. A `ValueError` refuses a folder of other settings."
-    folder, (p, n) = Path(folder), share
+    captions, folder, (p, n) = check_captions(captions), Path(folder), share
+    seeded(seed)  # without one, a second run would go on with other noise
+    seeds = image_seeds(seed, len(captions))
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
     labels = settings.get('upsampler_label')
     each = labels is not None and not isinstance(labels, (str, numbers.Integral))
     if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
     if each: labels = [int(k) for k in settings.pop('upsampler_label')]
-    if other := settings.keys() & {'base_image', 'mask'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
+    if other := settings.keys() & {'base_image', 'mask', 'latents'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {}) | ({'made_of': made_of} if made_of else {})
     _keep_settings(folder, drawn_from)
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
@@ -409,7 +428,8 @@ def draw_to_folder(
     if not missing: return paths
     for left in folder.glob('.[0-9]*.png'):  # by a killed run, in the middle of a picture of this process
         if int(left.name[1:6]) in missing: left.unlink()
-    y, seeds = embed(), image_seeds(seed, len(paths))
+    y = embed()
+    if len(y) != len(paths): raise ValueError(f"embed returned {len(y)} embeddings for {len(paths)} captions: give one for each")
     size = batch_size or pipe.preset.sampling.get('batch_size', 8)
     with tqdm(total=len(missing), desc=folder.name, disable=not progress) as bar:
         for part in [missing[i:i + size] for i in range(0, len(missing), size)]:

@@ -23,7 +23,7 @@ def timestep_embedding(t, # timesteps, LongTensor [N]
                        ): # float32 [N, channels]: cosines, then sines
     "Sinusoidal embedding of the timestep (Vaswani et al., 2017), wavelengths from 2π to 2π·`max_period`."
     half = channels // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -148,6 +148,7 @@ class UNet(nn.Module):
                  linear_projection=False # project the embedding by one Linear, as the text says (released: two and a SiLU)
                  ):
         super().__init__()
+        if embedding_size and num_classes: raise ValueError("this U-Net has embedding_size and num_classes, and y is one of the two: give only one")
         _check_sizes(image_size, model_channels, channel_mult, pixel_unshuffle, num_head_channels, num_heads, seam_unshuffle)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.embedding_size, self.num_classes = model_channels, embedding_size, num_classes

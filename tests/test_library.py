@@ -1,0 +1,215 @@
+"""Code of one's own on top of the package: parts put together by hand, own schedules, variants and loops, and what is handed over by mistake."""
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from t2i.clip import CLIP
+from t2i.clip_algebra import rank_of
+from t2i.core import from_uint8, load_preset, make_generators, rand, randn, to_uint8
+from t2i.data import Statistics
+from t2i.decoder import decode, make_decoder, make_diffusion
+from t2i.diffusion import SCHEDULES, Diffusion
+from t2i.experiments import VARIANTS, Pairs, draw_variant
+from t2i.guidance import classifier_free, classifier_guidance
+from t2i.metrics import clip_score, frechet_distance, kernel_distance, precision_recall
+from t2i.pipeline import TextToImage, draw_to_folder
+from t2i.unet import UNet
+
+SIZE = 8
+
+
+def same(a, b): return [p.tobytes() for p in a] == [p.tobytes() for p in b]
+
+
+@pytest.fixture
+def own_pipe(pipe): return copy.deepcopy(pipe)  # to be spoilt
+
+
+def test_a_value_of_a_preset_that_is_set_is_the_value():
+    preset = copy.deepcopy(load_preset('smoke'))
+    preset.diffusion.target, preset.decoder.model_channels = 'eps', 64
+    assert make_diffusion(preset).target == 'eps' and make_decoder(preset).model_channels == 64
+    assert load_preset('smoke').diffusion.target != 'eps'
+    assert make_decoder({k: dict(v) if isinstance(v, dict) else v for k, v in preset.items()}).model_channels == 64
+
+
+def test_pictures_know_the_steps_that_were_set(own_pipe, tmp_path):
+    draw_to_folder(own_pipe, ['a'], lambda: torch.zeros(1, own_pipe.decoder.embedding_size), tmp_path, 0)
+    own_pipe.preset.sampling.steps += 1
+    with pytest.raises(ValueError, match='other settings.*num_inference_steps'): draw_to_folder(own_pipe, ['a', 'b'], lambda: torch.zeros(2, own_pipe.decoder.embedding_size), tmp_path, 0)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------
+def test_parts_of_other_sizes_are_refused(pipe):
+    parts = dict(clip=pipe.clip, translator=pipe.translator, decoder=pipe.decoder, statistics=pipe.statistics, preset=pipe.preset)
+    with pytest.raises(ValueError, match='different sizes.*statistics 7'): TextToImage(**parts | {'statistics': Statistics.unit(7)})
+
+
+def test_models_of_other_statistics_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    TextToImage.from_pretrained(tmp_path, device='cpu')
+    other = Statistics.unit(pipe.decoder.embedding_size)
+    other.image.mean += 1
+    other.save(tmp_path/'statistics.safetensors')
+    with pytest.raises(ValueError, match=r'translator.safetensors.*other statistics'): TextToImage.from_pretrained(tmp_path, device='cpu')
+
+
+def test_a_pipeline_holds_no_file(pipe, tmp_path):
+    "Windows replaces none that is mapped."
+    pipe.save_pretrained(tmp_path)
+    again = TextToImage.from_pretrained(tmp_path, device='cpu')
+    assert str(tmp_path) not in Path('/proc/self/maps').read_text() and again.statistics.digest() == pipe.statistics.digest()
+
+
+def test_a_pipeline_moves(own_pipe):
+    expected = own_pipe('a', generator=0)
+    assert own_pipe.to('cpu') is own_pipe and same(own_pipe('a', generator=0), expected)
+
+
+def test_a_clip_keeps_its_normalisation(tiny_models, tmp_path):
+    import open_clip
+    name = 't2i-tiny-quickgelu'
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    clip = CLIP(model, open_clip.get_tokenizer(name), model.visual.image_size, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), device='cpu', name=name)
+    clip.save(tmp_path/'clip.safetensors')
+    again = CLIP.pretrained(name, device='cpu', folder=tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    torch.testing.assert_close(again.encode_images(images), clip.encode_images(images))
+
+
+def test_networks_in_training_mode_are_refused(own_pipe):
+    own_pipe.translator.train()
+    with pytest.raises(ValueError, match='translator is in training mode'): own_pipe('a')
+    own_pipe.embed_captions(['a'], translate=False)
+    own_pipe.translator.eval()
+    picture = own_pipe('a')[0]
+    own_pipe.clip.model.train()
+    for call in (lambda: own_pipe('a'), lambda: own_pipe.embed_images(picture)):
+        with pytest.raises(ValueError, match='CLIP is in training mode'): call()
+
+
+def test_a_network_is_told_one_thing_as_y():
+    with pytest.raises(ValueError, match='embedding_size and num_classes'): UNet(8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_heads=1, embedding_size=4, num_classes=3)
+
+
+# -- drawing --------------------------------------------------------------------------------------------------
+def test_latents_of_ones_own(pipe):
+    expected = pipe('a', num_images_per_prompt=3, generator=5)
+    x_T = randn((3, *[pipe.decoder.image_size]*2), make_generators(5, 3))
+    for latents, seed in ((x_T, 5), (x_T.double(), 6)): assert same(pipe('a', num_images_per_prompt=3, generator=seed, latents=latents, sampler='ddim', batch_size=2), pipe('a', num_images_per_prompt=3, generator=5, sampler='ddim'))
+    assert not same(pipe('a', num_images_per_prompt=3, generator=5, latents=x_T.flip(0), sampler='ddim'), pipe('a', num_images_per_prompt=3, generator=5, sampler='ddim'))
+    assert same(expected, pipe('a', num_images_per_prompt=3, generator=5))
+    for wrong in (x_T[0], x_T.numpy(), x_T.long(), x_T*float('nan'), x_T[:2]):
+        with pytest.raises(ValueError, match=re.escape(f'[3, 3, {pipe.decoder.image_size}')): pipe('a', num_images_per_prompt=3, latents=wrong)
+
+
+def test_weights_that_are_no_numbers_are_told(own_pipe):
+    with torch.no_grad(): next(own_pipe.decoder.parameters()).fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='not a number'): own_pipe('a')
+
+
+def test_another_default_precision_draws_the_same(pipe):
+    expected, numbers = pipe('a', generator=0), (randn((2,), make_generators(0, 2)), rand(make_generators(0, 2)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(pipe('a', generator=0), expected)
+        for now, before in zip((randn((2,), make_generators(0, 2)), rand(make_generators(0, 2))), numbers): assert torch.equal(now, before) and now.dtype == before.dtype
+    finally: torch.set_default_dtype(torch.float32)
+
+
+def test_a_second_condition_is_told_with_and_without_the_first():
+    diffusion, seen = Diffusion(target='eps'), []
+    def network(x, t, y, size):
+        seen.append(size)
+        return torch.cat([y[:, :1, None, None] + size[:, None, None, None] + 0*x, torch.zeros_like(x)], 1)
+    x, t, y, size = torch.zeros(2, 3, 4, 4), torch.full((2,), 500), torch.ones(2, 5), torch.tensor([1., 2.])
+    x_0, _ = classifier_free(diffusion, network, y, 3., size=size)(x, t)
+    assert torch.equal(seen[0], torch.tensor([1., 2., 1., 2.]))
+    expected, _ = diffusion.interpret(torch.cat([(3 + size)[:, None, None, None].expand_as(x), torch.zeros_like(x)], 1), x, t)  # size + 3·(1 − 0)
+    torch.testing.assert_close(x_0, expected)
+    network.training, network.in_channels, network.image_size, network.parameters = False, 3, 4, lambda: iter([torch.zeros(1)])
+    assert decode(diffusion, network, y, 0, steps=2, size=size).shape == (2, 3, 4, 4) and len(seen) == 3
+
+
+def test_guidance_inside_of_inference_mode():
+    diffusion, log_prob = Diffusion(), lambda x, t: -x.square().sum((1, 2, 3))
+    guided = classifier_guidance(lambda x, t: (x, torch.zeros_like(x)), diffusion, log_prob, 1.)
+    x, t = torch.ones(1, 3, 4, 4), torch.tensor([500])
+    expected = guided(x, t)[0]
+    with torch.inference_mode(): torch.testing.assert_close(guided(x.clone(), t)[0], expected)
+
+
+# -- a process of one's own -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('betas', [lambda n: torch.linspace(0, 0.1, n), lambda n: torch.full((n//2,), 0.1), lambda n: torch.full((n,), 1.)])
+def test_a_schedule_that_is_none(betas, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, 'own', betas)
+    with pytest.raises(ValueError, match="'own' does not return β"): Diffusion(timesteps=100, schedule='own')
+
+
+def test_a_schedule_of_ones_own(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, 'own', lambda n: np.linspace(1e-4, 1, n))  # of zero terminal signal-to-noise ratio
+    assert Diffusion(timesteps=100, schedule='own').alphas_cumprod[-1] == 0
+
+
+def test_bytes_are_no_pictures_for_the_process():
+    diffusion, images = Diffusion(), torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    with pytest.raises(ValueError, match='uint8.*from_uint8'): diffusion.q_sample(images, torch.tensor([1, 2]), torch.randn(2, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize('shape', [(1, 6, SIZE, SIZE), (2, 6, SIZE, 1), (2, 5, SIZE, SIZE)])
+def test_answers_of_another_shape(shape):
+    with pytest.raises(ValueError, match='the network returned'): Diffusion().training_losses(lambda x, t: torch.zeros(shape), torch.zeros(2, 3, SIZE, SIZE), torch.tensor([1, 2]), torch.zeros(2, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize('images', [np.zeros((1, 4, 4, 3)), np.zeros((1, 3, 4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)])
+def test_what_are_no_bytes_of_pictures(images):
+    with pytest.raises(ValueError, match=r'uint8 \[N, H, W, 3\]'): from_uint8(images)
+
+
+def test_bytes_are_not_made_of_bytes():
+    with pytest.raises(ValueError, match='uint8.*floats'): to_uint8(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+# -- many pictures, and numbers of them -------------------------------------------------------------------------
+def test_a_variant_of_ones_own_is_drawn_again_when_it_changes(pipe, tmp_path, monkeypatch):
+    pairs, share = Pairs(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8), ['a', 'b']), [1.]
+    monkeypatch.setitem(VARIANTS, 'own', lambda pipe, pairs: share[0]*pipe.embed_captions(pairs.captions) + (1 - share[0])*pipe.embed_images(pairs.images))
+    first = draw_variant('own', pipe, pairs, folder=tmp_path, seed=3)
+    assert same(first, pipe(pairs.captions, generator=3)) and same(first, draw_variant('own', pipe, pairs, folder=tmp_path, seed=3))
+    share[0] = 0.
+    with pytest.raises(ValueError, match='other settings'): draw_variant('own', pipe, pairs, folder=tmp_path, seed=3)
+
+
+def test_captions_of_a_table(pipe, tmp_path):
+    captions = pd.Series(['a', 'b', 'c'], index=[7, 8, 9])
+    paths = draw_to_folder(pipe, captions, lambda: pipe.embed_captions(captions), tmp_path/'a', 1)
+    assert len(paths) == 3 and all(p.is_file() for p in paths)
+    assert len(draw_to_folder(pipe, 'a dog', lambda: pipe.embed_captions('a dog'), tmp_path/'b', 1)) == 1
+    with pytest.raises(ValueError, match='3 embeddings for 2 captions'): draw_to_folder(pipe, ['a', 'b'], lambda: pipe.embed_captions(captions), tmp_path/'c', 1)
+    with pytest.raises(ValueError, match='the seed is None'): draw_to_folder(pipe, ['a'], lambda: pipe.embed_captions(['a']), tmp_path/'d', None)
+    assert not (tmp_path/'d').exists()
+
+
+def test_queries_that_are_no_numbers_come_last():
+    queries, candidates = torch.full((3, 8), float('nan')), torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert rank_of(queries, candidates, torch.arange(3)).tolist() == [50]*3
+    assert rank_of(candidates[:3], candidates, torch.arange(3)).tolist() == [1]*3
+
+
+@pytest.mark.parametrize('distance', [frechet_distance, kernel_distance, precision_recall])
+def test_features_that_do_not_belong_together(distance):
+    a = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    distance(a, a + 1)
+    for wrong, words in ((a[:, :5], r'\[20, 6\] and \[20, 5\]'), (a.numpy(), 'ndarray'), (a*float('nan'), 'not finite')):
+        with pytest.raises(ValueError, match=words): distance(a, wrong)
+
+
+def test_score_of_one_picture(pipe):
+    picture, = pipe('a', generator=0)
+    assert clip_score(pipe.clip, picture, 'a') == clip_score(pipe.clip, [picture], ['a'])
