@@ -44,7 +44,7 @@ def sampling_by_number(pipe, sizes, steps, batch_size) -> dict:
     def measure(n):
         y = torch.zeros(n, pipe.preset.clip.embedding_size)
         with tempfile.TemporaryDirectory() as folder:
-            return _timed(lambda: draw_to_folder(pipe, ['a']*n, lambda: y, folder, 0, batch_size=batch_size, num_inference_steps=steps), pipe.device)
+            return _timed(lambda: draw_to_folder(pipe, ['']*n, lambda: y, folder, 0, batch_size=batch_size, num_inference_steps=steps), pipe.device)
     measure(batch_size)  # what is allocated once
     return {**_series(f'sampling, pictures streamed to disk in batches of {batch_size}', sizes, measure), 'bytes_per_picture': 3*pipe.preset.data.image_size**2}
 

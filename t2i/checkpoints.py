@@ -67,7 +67,7 @@ def load_checkpoint(
     name: str,  # 'translator', 'decoder' or 'upsampler'
     path: 'str | Path',
     learned: 'dict | None' = None,  # of the preset's process, see `Diffusion`
-    statistics: 'Statistics | None' = None,  # that its embeddings are standardised with
+    statistics: 'Statistics | None' = None,  # whose image half its embeddings are standardised with
 ) -> torch.nn.Module:
     "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change. So does one of the process or the statistics, as far as the file tells what it was trained with."
     tensors, metadata = load_weights(path)

@@ -56,7 +56,7 @@ def _sentence(e: Exception, out) -> str:
     why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     if isinstance(e, OSError) and e.errno:
         why, path = e.strerror, e.filename2 or e.filename
-        if e.errno == errno.ENAMETOOLONG: return f"{path} could not be read or written ({why}): give it a shorter name"
+        if e.errno == errno.ENAMETOOLONG: return f"{out or path} could not be read or written ({why}): give it a shorter name"
         if path and not (out and Path(str(path)).name.startswith('.')): out = path  # with a dot it is the temporary one of `atomic_path`
     elif not isinstance(e, SafetensorError): return why
     return f"{out or 'a file'} could not be read or written ({why}): make room, or name another place"

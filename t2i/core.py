@@ -46,7 +46,7 @@ class Preset(dict):
         try: return self[key]
         except KeyError: raise MissingKey(f"{f'the preset {self.name!r}' if 'name' in self else 'a section of the preset'} has no {key!r}, only {', '.join(self)}: add it, as the presets of the package have it") from None
 
-    def __setattr__(self, key, value): self[key] = value
+    def __setattr__(self, key, value): self[key] = self.nest(value) if isinstance(value, dict) else value
 
     @classmethod
     def nest(cls, d): return cls({k: cls.nest(v) if isinstance(v, dict) else v for k, v in d.items()})
@@ -62,7 +62,9 @@ def load_preset(
 ) -> Preset:
     "Read a preset; an unknown name raises a `ValueError` that lists the known ones, as does a section or key that no preset of the package has, or a value of another kind than theirs or out of range. What is missing raises `MissingKey` when it is asked for."
     if isinstance(preset, Preset): return preset
-    if isinstance(preset, dict): return Preset.nest(preset)
+    if isinstance(preset, dict):
+        _check_preset('the preset', preset)
+        return Preset.nest(preset)
     path = Path(preset) if str(preset).endswith('.toml') else PRESETS/f'{preset}.toml'
     if not path.is_file():
         raise ValueError(f"there is no preset {str(preset)!r}: use one of {', '.join(preset_names())}, or the path of a .toml file")
@@ -116,7 +118,7 @@ def get_device(device: 'str | torch.device | None' = None) -> torch.device:
     "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have, or that torch has no kernels for."
     chosen, n = device is None, torch.cuda.device_count()
     try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except RuntimeError: raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
+    except (RuntimeError, TypeError): raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
     if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))  # of several processes each has its own
     if device.type == 'cuda' and device.index >= n:
         raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA GPU here: take device='cpu', "
@@ -125,6 +127,7 @@ def get_device(device: 'str | torch.device | None' = None) -> torch.device:
         if not chosen: raise ValueError(f"{reason}, or take device='cpu'")
         warnings.warn(f"{reason}; until then the CPU is used")
         return torch.device('cpu')
+    if device.type == 'cuda' and os.environ.get('T2I_PRECISION') == 'float32': torch.backends.cudnn.allow_tf32 = False  # all the bits that were asked for
     return device
 
 
@@ -197,7 +200,6 @@ def _leave():
 def autocast(device):
     "Mixed precision where it pays, see `uses_bfloat16`; float32 elsewhere."
     device = torch.device(device)
-    if device.type == 'cuda' and os.environ.get('T2I_PRECISION') == 'float32': torch.backends.cudnn.allow_tf32 = False  # all the bits that were asked for
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device))
 
 # %% ../nbs/00_core.ipynb #4597109d
@@ -339,7 +341,7 @@ def atomic_path(path: 'str | Path'):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]  # a name may have 255 bytes
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{name}.', suffix=path.suffix)
+    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{name}.', suffix=path.suffix if len(path.suffix) < 20 else '')
     os.close(handle)
     tmp = Path(tmp)
     try:

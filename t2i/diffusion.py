@@ -59,6 +59,7 @@ class Diffusion:
         self.learned = {'target': target, 'schedule': schedule, 'timesteps': timesteps}  # what a network that was trained with this process depends on
         betas = torch.as_tensor(SCHEDULES[schedule](timesteps), dtype=torch.float64)
         if betas.shape != (timesteps,) or not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any(): raise ValueError(f"the schedule {schedule!r} does not return β of every timestep: {timesteps} numbers above 0, and below 1 but for the last")
+        if betas[-1] == 1 and target == 'eps': raise ValueError(f"the schedule {schedule!r} ends in noise alone, from which no ε tells the image: set target = 'v' or 'x0'")
         alphas_cumprod = (1 - betas).cumprod(0)
         self.trained = self  # what respacing and expecting errors leave as it is: the process that a network is trained with
         self._tabulate(alphas_cumprod, torch.arange(timesteps))

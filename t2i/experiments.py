@@ -18,7 +18,7 @@ from PIL import Image
 from .core import atomic_path, square
 from .data import decode_image, load_emoji
 from .metrics import MIN_IMAGES, clip_score, evaluate, extract_features, real_vs_real
-from .pipeline import TextToImage, draw_to_folder
+from .pipeline import TextToImage, draw_to_folder, numbers_of
 from .readers import CocoCaptions
 
 # %% ../nbs/05_experiments.ipynb #9d54dc9c
@@ -69,7 +69,7 @@ VARIANTS = {  # Table 5.1: what each variant gives the decoder
     'Image decoder only': lambda pipe, pairs: pipe.embed_images(pairs.images),
     'No CLIP translator': lambda pipe, pairs: pipe.embed_captions(pairs.captions, translate=False),
 }
-THESIS_VARIANTS = tuple(VARIANTS)  # others may join them
+THESIS_VARIANTS = dict(VARIANTS)  # others may join them, or take their place
 
 
 def _embed(variant, pipe, pairs):
@@ -92,10 +92,12 @@ def draw_variant(
 
 def variant_to_folder(variant, pipe, pairs, seed, folder, **settings) -> list:
     "The paths of a variant's pictures, one for each pair, below `folder`; what is missing is drawn. For the settings see `draw_to_folder`."
-    y = None if variant in THESIS_VARIANTS else _embed(variant, pipe, pairs)  # what a variant of one's own reads can be told from its embeddings only
-    read = pairs.images if variant == 'Image decoder only' else [] if y is None else y.cpu().numpy()
-    made_of = [hashlib.sha256(np.ascontiguousarray(i)).hexdigest()[:16] for i in read]
-    return draw_to_folder(pipe, pairs.captions, lambda: _embed(variant, pipe, pairs) if y is None else y, Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, made_of=made_of or None, **settings)
+    embed, made_of = lambda: _embed(variant, pipe, pairs), None
+    if variant not in VARIANTS or VARIANTS[variant] is not THESIS_VARIANTS.get(variant):  # what one of one's own reads can be told from its embeddings only
+        y = embed()
+        embed, made_of = lambda: y, numbers_of(y)
+    elif variant == 'Image decoder only': made_of = [hashlib.sha256(np.ascontiguousarray(i)).hexdigest()[:16] for i in pairs.images]
+    return draw_to_folder(pipe, pairs.captions, embed, Path(folder)/f"{variant.lower().replace(' ', '_')}_{seed}", seed, made_of=made_of, **settings)
 
 # %% ../nbs/05_experiments.ipynb #7edea9b6
 THESIS_TABLE = {  # Table 5.1 of the thesis

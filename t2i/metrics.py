@@ -109,6 +109,12 @@ def _as_uint8(images):
     return images
 
 
+def _without_tf32():
+    "On a GPU convolutions then have all bits of float32, and features are those of a CPU."
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+
+
 def extract_features(
     images,                           # uint8 [N, H, W, 3], or PIL pictures of one size; what is transparent is white
     features='efficientnet-lite0',    # or 'inception' (downloads its weights), or the path of a file with the Inception weights of torch-fidelity
@@ -121,7 +127,7 @@ def extract_features(
     if isinstance(images, Features): return images
     images, device = _as_uint8(images), get_device(device)
     name, extractor = _extractor(features, device)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same numbers as on a CPU
+    with torch.inference_mode(), _without_tf32():
         parts = [[f.float().cpu() for f in extractor(batch.to(device).permute(0, 3, 1, 2))] for batch in images.split(batch_size) if len(batch)]
     if not parts: raise ValueError("there are no images to extract features from: give at least one")
     return Features(name, *(torch.cat(p) for p in zip(*parts)))

@@ -267,6 +267,12 @@ def _composed(path) -> str:
     return unicodedata.normalize('NFC', str(path))
 
 
+def _finder(paths) -> Callable:
+    "A function: a path → the same one of `paths`, or else one of the same name on a Mac, or None."
+    exact, alike = {str(p): p for p in paths}, {_composed(p): p for p in paths}
+    return lambda path: exact.get(str(path)) or alike.get(_composed(path))
+
+
 def _has_captions(folder) -> bool:
     "Whether a .txt lies beside one of the pictures."
     names = set(map(_composed, os.listdir(folder)))
@@ -422,18 +428,18 @@ def _described(root, table):
     "[(key, path, captions) or `Skipped`] for the pictures below `root`, each with its `.txt` or its rows of `table`; and for what names no picture."
     entries = {e.path: e for folder in _folders(root) for e in _pictures_in(folder)}
     if table is None:
-        texts = {_composed(p): p for folder in _folders(root) for p in folder.glob('[!.]*.txt')}
-        beside = {p: Path(p).with_suffix('.txt') for p in entries}
-        items = [(p, texts.pop(_composed(text), text)) for p, text in beside.items()]
-        return entries, items + [Skipped(_key(p.relative_to(root).as_posix()), 'no image') for p in sorted(texts.values())]
-    captions, items, pictures = {}, [], set(map(_composed, entries))
+        texts = [p for folder in _folders(root) for p in folder.glob('[!.]*.txt')]
+        find = _finder(texts)
+        items = [(p, find(Path(p).with_suffix('.txt')) or Path(p).with_suffix('.txt')) for p in entries]
+        return entries, items + [Skipped(_key(p.relative_to(root).as_posix()), 'no image') for p in sorted(set(texts) - {t for _, t in items})]
+    captions, items, find = {}, [], _finder(entries)
     def picture_of(name):
-        place = lambda name: _composed(os.path.normpath(root/name))
-        return place(name) if place(name) in pictures else place(name.replace('\\', '/'))  # a table that was written on Windows
+        places = [os.path.normpath(root/n) for n in (name, name.replace('\\', '/'))]  # the second in a table that was written on Windows
+        return find(places[0]) or find(places[1]) or places[1]
     for row in _table_rows(table):
         if isinstance(row, Skipped): items.append(row)
         else: captions.setdefault(picture_of(row[0].strip()), []).extend(row[1])
-    items += [(p, captions.pop(_composed(p), [])) for p in entries]
+    items += [(p, captions.pop(p, [])) for p in entries]
     return entries, items + [Skipped(_key(os.path.relpath(p, root)), 'no image') for p in captions]
 
 

@@ -35,6 +35,9 @@ def test_a_value_of_a_preset_that_is_set_is_the_value():
     preset.diffusion.target, preset.decoder.model_channels = 'eps', 64
     assert make_diffusion(preset).target == 'eps' and make_decoder(preset).model_channels == 64
     assert load_preset('smoke').diffusion.target != 'eps'
+    preset.diffusion = {'target': 'x0'}
+    assert preset.diffusion.target == 'x0'
+    with pytest.raises(ValueError, match="'modl_channels'.*model_channels"): load_preset({'name': 'mine', 'decoder': {'modl_channels': 3}})
     assert make_decoder({k: dict(v) if isinstance(v, dict) else v for k, v in preset.items()}).model_channels == 64
 
 
@@ -69,6 +72,10 @@ def test_a_pipeline_holds_no_file(pipe, tmp_path):
 def test_a_pipeline_moves(own_pipe):
     expected = own_pipe('a', generator=0)
     assert own_pipe.to('cpu') is own_pipe and same(own_pipe('a', generator=0), expected)
+    own_pipe.to('meta')
+    parts = [own_pipe.translator, own_pipe.decoder, own_pipe.clip.model]
+    assert {p.device.type for part in parts for p in part.parameters()} | {own_pipe.clip.mean.device.type, own_pipe.clip.std.device.type, own_pipe.device.type, own_pipe.clip.device.type} == {'meta'}
+    with pytest.raises(ValueError, match='device torch.float16'): own_pipe.to(torch.float16)
 
 
 def test_a_clip_keeps_its_normalisation(tiny_models, tmp_path):
@@ -154,7 +161,11 @@ def test_a_schedule_that_is_none(betas, monkeypatch):
 
 def test_a_schedule_of_ones_own(monkeypatch):
     monkeypatch.setitem(SCHEDULES, 'own', lambda n: np.linspace(1e-4, 1, n))  # of zero terminal signal-to-noise ratio
-    assert Diffusion(timesteps=100, schedule='own').alphas_cumprod[-1] == 0
+    diffusion = Diffusion(timesteps=100, schedule='own', target='v')
+    assert diffusion.alphas_cumprod[-1] == 0
+    x, t = torch.zeros(2, 3, 4, 4), torch.tensor([99, 99])
+    assert all(v.isfinite().all() for v in diffusion.interpret(torch.cat([x, x], 1), torch.randn(2, 3, 4, 4), t))
+    with pytest.raises(ValueError, match="'v' or 'x0'"): Diffusion(timesteps=100, schedule='own', target='eps')
 
 
 def test_bytes_are_no_pictures_for_the_process():
@@ -178,12 +189,19 @@ def test_bytes_are_not_made_of_bytes():
 
 # -- many pictures, and numbers of them -------------------------------------------------------------------------
 def test_a_variant_of_ones_own_is_drawn_again_when_it_changes(pipe, tmp_path, monkeypatch):
-    pairs, share = Pairs(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8), ['a', 'b']), [1.]
+    pairs, share = Pairs(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8), ['a', 'b', 'apple']), [1.]
     monkeypatch.setitem(VARIANTS, 'own', lambda pipe, pairs: share[0]*pipe.embed_captions(pairs.captions) + (1 - share[0])*pipe.embed_images(pairs.images))
-    first = draw_variant('own', pipe, pairs, folder=tmp_path, seed=3)
-    assert same(first, pipe(pairs.captions, generator=3)) and same(first, draw_variant('own', pipe, pairs, folder=tmp_path, seed=3))
+    def drawn(n, name='own'): return draw_variant(name, pipe, pairs.first(n), folder=tmp_path, seed=3)
+    first = drawn(2)
+    assert same(first, pipe(pairs.captions[:2], generator=3)) and same(drawn(3)[:2], first)
+    share[0] = 1 - 1e-4  # as much as rounding could be
+    assert same(drawn(2), first)
     share[0] = 0.
-    with pytest.raises(ValueError, match='other settings'): draw_variant('own', pipe, pairs, folder=tmp_path, seed=3)
+    with pytest.raises(ValueError, match='other settings'): drawn(2)
+    drawn(2, 'No CLIP translator')
+    monkeypatch.setitem(VARIANTS, 'No CLIP translator', lambda pipe, pairs: pipe.embed_images(pairs.images))
+    with pytest.raises(ValueError, match='other settings'): drawn(2, 'No CLIP translator')
+    with pytest.raises(ValueError, match="no variant 'mine'"): drawn(2, 'mine')
 
 
 def test_captions_of_a_table(pipe, tmp_path):
@@ -192,6 +210,7 @@ def test_captions_of_a_table(pipe, tmp_path):
     assert len(paths) == 3 and all(p.is_file() for p in paths)
     assert len(draw_to_folder(pipe, 'a dog', lambda: pipe.embed_captions('a dog'), tmp_path/'b', 1)) == 1
     with pytest.raises(ValueError, match='3 embeddings for 2 captions'): draw_to_folder(pipe, ['a', 'b'], lambda: pipe.embed_captions(captions), tmp_path/'c', 1)
+    with pytest.raises(ValueError, match='captions hold 3'): draw_to_folder(pipe, ['a', 3], lambda: None, tmp_path/'d', 1)
     with pytest.raises(ValueError, match='the seed is None'): draw_to_folder(pipe, ['a'], lambda: pipe.embed_captions(['a']), tmp_path/'d', None)
     assert not (tmp_path/'d').exists()
 

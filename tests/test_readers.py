@@ -65,6 +65,18 @@ def test_names_that_a_mac_writes_in_another_way(tmp_path, table):
     assert reasons(samples) == ({} if table else {'alone.txt': 'no image'})
 
 
+@pytest.mark.parametrize('table', [False, True])
+def test_names_that_are_two_elsewhere(tmp_path, table):
+    "Each has its own caption."
+    names = 'caf\u00e9', 'cafe\u0301'
+    for name in names: (tmp_path/f'{name}.png').write_bytes(picture())
+    if table: (tmp_path/'captions.csv').write_text(''.join(f'{name}.png,{len(name)}\n' for name in ('file', *names)).replace('file.png,4', 'file,caption'), encoding='utf-8')
+    else:
+        for name in names: (tmp_path/f'{name}.txt').write_text(str(len(name)))
+    samples = read(tmp_path)
+    assert good(samples) == {f'{name}.png': (str(len(name)),) for name in names} and not reasons(samples)
+
+
 def test_a_text_is_seen_beside_a_name_that_a_mac_wrote(tmp_path):
     (tmp_path/'cafe\u0301.png').write_bytes(picture())
     (tmp_path/'caf\u00e9.txt').write_text('one')
