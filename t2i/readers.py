@@ -406,7 +406,8 @@ def _table_rows(path):
             first = f.readline()
             f.seek(0)
             rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ';' if ';' in first and ',' not in first else ',', skipinitialspace=True)
-            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+            try: rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+            except csv.Error: rows.fieldnames = []  # Python 3.10 reads no line with a zero byte
             if not (set(FILE_COLUMNS) & set(rows.fieldnames or ()) and set(CAPTION_COLUMNS) & set(rows.fieldnames or ())):
                 raise ValueError(f"{path} has the columns {', '.join(map(_key, rows.fieldnames or ['none']))}: name one of them file and one caption")
         for number in itertools.count(1):
