@@ -1,6 +1,6 @@
 """Make the outputs of executed notebooks fit to be committed: `python .ci/outputs.py nbs/05_experiments.ipynb …`
 
-Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours, or become JPEG where that is much smaller."""
+Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours, or become JPEG where that is smaller."""
 import base64
 import io
 import sys

@@ -10,7 +10,7 @@ import json
 
 import pandas as pd
 
-from .core import PACKAGE, load_preset, preset_names
+from .core import PACKAGE, load_preset, preset_names, table_markdown
 
 # %% ../nbs/lib/benchmarks.ipynb #3d260c07
 RESULTS = PACKAGE.parent/'benchmarks/results'
@@ -76,5 +76,4 @@ def speed_markdown(
     results: 'dict | None' = None,  # of `load_benchmarks`
 ) -> str:
     "`speed_tables` in Markdown, as in the README."
-    def lines(preset, table): return [[f'preset `{preset}`', *table.columns], ['---'] + ['--:']*table.shape[1], *table.reset_index().values.tolist()]
-    return '\n\n'.join('\n'.join('| ' + ' | '.join(row) + ' |' for row in lines(preset, table)) for preset, table in speed_tables(results).items())
+    return '\n\n'.join(table_markdown(table.rename_axis(f'preset `{preset}`').reset_index(), right=True) for preset, table in speed_tables(results).items())

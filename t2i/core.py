@@ -570,9 +570,12 @@ def save_figure(
     return path
 
 
-def table_markdown(table) -> str:
-    "A pandas DataFrame, without its index, as a table in Markdown."
-    rows = [table.columns, ['---']*len(table.columns), *table.itertuples(index=False)]
+def table_markdown(
+    table,  # a pandas DataFrame; its index is left out
+    right: bool = False,  # all columns but the first are aligned to the right
+) -> str:
+    "A table in Markdown."
+    rows = [table.columns, ['---'] + ['--:' if right else '---']*(len(table.columns) - 1), *table.itertuples(index=False)]
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
 
 

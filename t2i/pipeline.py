@@ -199,7 +199,7 @@ class TextToImage:
         guidance_scale: 'float | None' = None,  # s of classifier-free guidance, 1 is none; default: the preset's
         exposure_bias: 'float | None' = None,  # the deviation of the decoder's own errors in its latents, see `Diffusion.expect_errors`; default: the preset's
         generator=None,  # a seed, a torch.Generator, or one of them for each picture; None draws a fresh seed
-        latents: 'torch.Tensor | None' = None,  # x_T [N, 3, H, W] to start from, such as an inverted picture's; default: noise from the generators
+        latents: 'torch.Tensor | None' = None,  # x_T [N, 3, H, W] to start from, such as those of another run; default: noise from the generators
         translate: bool = True,  # False leaves the translator out
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
         image_guidance_scale: 'float | None' = None,  # w; default: the preset's
@@ -264,7 +264,8 @@ class TextToImage:
     def _latents(self, latents, n):
         expected = [n, self.decoder.in_channels, *[self.decoder.image_size]*2]
         if latents is None or isinstance(latents, torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point() and latents.isfinite().all(): return latents
-        raise ValueError(f"latents are {f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__}: give finite numbers {expected}, x_T of each picture")
+        found = f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"latents are {found}: give finite numbers {expected}, x_T of each picture")
 
     def _mask(self, mask):
         if mask is None: return None
@@ -384,9 +385,9 @@ def numbers_of(y: torch.Tensor) -> list:
     return (y.cpu().float()@directions).round(decimals=3).tolist()
 
 
-def _differ(there, asked) -> bool:
+def _differ(key, there, asked) -> bool:
     "Whether two settings are not the same, or two of `numbers_of` not nearly so."
-    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked) == 4: return any(abs(a - b) > 0.05 for a, b in zip(there, asked))
+    if key.startswith('made_of.') and isinstance(there, list) and isinstance(asked, list): return any(abs(a - b) > 0.05 for a, b in zip(there, asked))
     return there != asked
 
 
@@ -399,7 +400,7 @@ def _keep_settings(folder: Path, new: dict):
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
     there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of') if k in d}).items() if not isinstance(v, dict)} for d in (old, new))
-    wrong = next((k for k in there | asked if _differ(there.get(k), asked.get(k))), None)
+    wrong = next((k for k in there | asked if _differ(k, there.get(k), asked.get(k))), None)
     if wrong: raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): name another folder, or delete this one")
     if len(new['captions']) > n: save_json(path, new)
 

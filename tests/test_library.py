@@ -10,7 +10,7 @@ import torch
 
 from t2i.clip import CLIP
 from t2i.clip_algebra import rank_of
-from t2i.core import from_uint8, load_preset, make_generators, rand, randn, to_uint8
+from t2i.core import from_uint8, load_preset, make_generators, rand, randn, save_weights, to_uint8
 from t2i.data import Statistics
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
@@ -60,6 +60,14 @@ def test_models_of_other_statistics_are_refused(pipe, tmp_path):
     other.image.mean += 1
     other.save(tmp_path/'statistics.safetensors')
     with pytest.raises(ValueError, match=r'translator.safetensors.*other statistics'): TextToImage.from_pretrained(tmp_path, device='cpu')
+
+
+def test_an_upsampler_that_reads_no_embedding_fits_all_statistics(small, tmp_path):
+    from t2i.pipeline import MODELS, load_model
+    preset = load_preset(small)
+    for name in ('upsampler', 'decoder'): save_weights(tmp_path/f'{name}.safetensors', MODELS[name](preset).state_dict(), {'statistics': 'others'})
+    load_model('upsampler', preset, tmp_path/'upsampler.safetensors', Statistics.unit(32))
+    with pytest.raises(ValueError, match='other statistics'): load_model('decoder', preset, tmp_path/'decoder.safetensors', Statistics.unit(32))
 
 
 def test_a_pipeline_holds_no_file(pipe, tmp_path):

@@ -173,6 +173,21 @@ def test_distances_of_too_few_pictures():
     with pytest.raises(ValueError, match='3 images and 1 captions'): clip_score(None, [Image.new('RGB', (8, 8))]*3, 'abc')
 
 
+def test_features_are_extracted_with_all_bits(monkeypatch):
+    "And what else was asked of cuDNN is as it was."
+    import torch.backends.cudnn as cudnn
+    from t2i import metrics
+    monkeypatch.setattr(cudnn, 'allow_tf32', True)
+    monkeypatch.setattr(cudnn, 'deterministic', True)
+    seen = []
+    def extractor(images):
+        seen.append((cudnn.allow_tf32, cudnn.deterministic))
+        return torch.zeros(len(images), 2), torch.zeros(len(images), 2)
+    monkeypatch.setattr(metrics, '_extractor', lambda features, device: ('stub', extractor))
+    extract_features([Image.new('RGB', (8, 8))], device='cpu')
+    assert seen == [(False, True)] and cudnn.allow_tf32 and cudnn.deterministic
+
+
 def test_the_error_of_few_pairs():
     "Each pair is a group then, and none is empty."
     from t2i.judge import fid_error

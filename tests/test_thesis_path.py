@@ -273,6 +273,15 @@ def test_each_process_of_a_machine_has_its_own_gpu(four_gpus, monkeypatch):
     assert get_device('cuda') == torch.device('cuda:3') and get_device('cuda:1') == torch.device('cuda:1')
 
 
+def test_a_gpu_that_is_asked_for_float32_gives_all_its_bits(four_gpus, monkeypatch):
+    import torch.backends.cudnn as cudnn
+    monkeypatch.setattr(cudnn, 'allow_tf32', True)
+    for precision, allowed in (('bfloat16', True), ('float32', False)):
+        monkeypatch.setenv('T2I_PRECISION', precision)
+        get_device('cuda:2')
+        assert cudnn.allow_tf32 == allowed
+
+
 def test_a_gpu_without_kernels(four_gpus, monkeypatch):
     "It is refused where it was asked for, and left aside where it was not."
     with pytest.raises(ValueError, match=r"no kernels for Tesla V100 \(sm_70; it has sm_75, .*cu126.*device='cpu'"): get_device('cuda:0')
