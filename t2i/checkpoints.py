@@ -80,7 +80,7 @@ def load_statistics(
     folder: 'str | Path',
     embedding_size: int,  # E, the preset's clip.embedding_size
 ) -> Statistics:
-    "The means and standard deviations [E] in a folder of checkpoints, from one file of ours or four of the authors'."
+    "The means and standard deviations [E] in a folder of checkpoints, from one file of ours (of image embeddings alone, if no picture had a caption) or four of the authors'."
     folder = Path(folder)
     own = folder/'statistics.safetensors'
     paths = {key: own if own.is_file() else folder/name for key, name in PUBLISHED_STATISTICS.items()}
@@ -88,7 +88,7 @@ def load_statistics(
     if lacking: raise _missing(folder, 'file of the statistics', [own.name, *lacking])
     if own.is_file(): tensors, metadata = load_weights(own)
     else: tensors, metadata = {key: tensor for key, path in paths.items() for tensor in load_weights(path)[0].values()}, {}
-    if tensors.keys() != paths.keys(): raise ValueError(f"{own} does not hold statistics: expected the tensors {', '.join(paths)}, found {', '.join(tensors)}")
+    if tensors.keys() not in (paths.keys(), {'image_mean', 'image_std'}): raise ValueError(f"{own} does not hold statistics: expected the tensors {', '.join(paths)}, found {', '.join(tensors)}")
     for key, tensor in tensors.items():
         if list(tensor.shape) != [embedding_size]:
             raise ValueError(f"{paths[key]} does not fit: {key} is of shape {list(tensor.shape)} in the file and {[embedding_size]} in the preset; "
@@ -106,8 +106,9 @@ def check_clip(
     source,  # where the statistics are from, for the message
 ):
     "Refuse another CLIP than that of `statistics`. Their probe tells; the authors' files have none, so there the embeddings must lie in the same cone."
+    wrong = ''
     if statistics.probe: wrong = '' if same_probe(statistics.probe, clip_probe(clip)) else 'they were computed from those of another one'
-    else:
+    elif statistics.text:
         mean, std = statistics.text.mean.cpu(), statistics.text.std.cpu()
         if mean.norm() < std.norm()/2: return  # no cone to speak of
         cosine = torch.cosine_similarity(clip.encode_captions(PLAIN_CAPTIONS).mean(0), mean, dim=0).item()

@@ -56,7 +56,7 @@ class TextToImage:
     `embed_captions` and `embed_images` give the standardised image embeddings [N, E] that the decoder draws from."""
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
-        self.translator, self.decoder, self.upsampler = translator.eval(), decoder.eval(), upsampler and upsampler.eval()
+        self.translator, self.decoder, self.upsampler = translator and translator.eval(), decoder.eval(), upsampler and upsampler.eval()
         sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size, 'statistics': len(statistics.image.mean), 'decoder': decoder.embedding_size}
         if len(set(sizes.values())) > 1: raise ValueError(f"embeddings have different sizes in the parts of this pipeline ({', '.join(f'{k} {v}' for k, v in sizes.items())}): give parts that were trained together")
         for network in (self.decoder, self.upsampler):
@@ -70,18 +70,19 @@ class TextToImage:
         device=None,  # default: the GPU if there is one
         folder=None,  # with the models, the authors' files or ours (see `checkpoints`); default: those that ship
     ):
-        "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there."
+        "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there; no translator is needed where no picture of the training had a caption."
         preset, device = load_preset(preset), get_device(device)
         if 'weights' not in preset and folder is None:
             raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
         if not (folder or preset.get('weights')): return cls._random(preset, device)
         folder, size = Path(folder or ASSETS/preset.weights), preset.clip.embedding_size
-        paths = {name: find_checkpoint(folder, name, optional=name == 'upsampler') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
+        paths = {name: find_checkpoint(folder, name, optional=name != 'decoder') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
         statistics = load_statistics(folder, size)
+        if statistics.text: paths['translator'] = find_checkpoint(folder, 'translator')  # there are captions to translate
         with enough_memory(f"the models of the preset {preset.name!r}"):
             clip = CLIP.from_preset(preset, device, folder)
             check_clip(clip, statistics, folder)
-            models = {name: load_model(name, preset, path, statistics).to(device) for name, path in paths.items() if path}
+            models = {name: path and load_model(name, preset, path, statistics).to(device) for name, path in paths.items()}
         return cls(clip, statistics=statistics, preset=preset, **models)
 
     @classmethod
@@ -163,6 +164,7 @@ class TextToImage:
     ) -> torch.Tensor:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
         captions = check_captions(captions)
+        if not self.statistics.text: raise ValueError("this pipeline learned from pictures without captions: give images or image_embeddings to draw from")
         def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
         if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")

@@ -165,7 +165,7 @@ def test_folder_above(load, folder): told(lambda: load(folder=folder.parent), f'
 def test_folder_of_something_else(load, tmp_path):
     (tmp_path/'holiday').mkdir()
     (tmp_path/'holiday/beach.jpg').touch()
-    told(lambda: load(folder=tmp_path/'holiday'), 'translator.safetensors', 'CLIP_translator.pt', 'beach.jpg', 'github.com/epfml')
+    told(lambda: load(folder=tmp_path/'holiday'), 'decoder.safetensors', 'image_decoder.pt', 'beach.jpg', 'github.com/epfml')
 
 
 @pytest.mark.parametrize('name', ['CLIP_translator.pt', 'image_decoder.pt', 'image_embedding_std.npy', 'caption_embedding_mean.npy'])

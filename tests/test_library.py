@@ -240,3 +240,19 @@ def test_features_that_do_not_belong_together(distance):
 def test_score_of_one_picture(pipe):
     picture, = pipe('a', generator=0)
     assert clip_score(pipe.clip, picture, 'a') == clip_score(pipe.clip, [picture], ['a'])
+
+
+def test_a_decoder_of_pictures_without_captions_draws_from_pictures(own_pipe, tmp_path):
+    own_pipe.statistics.text, own_pipe.translator = None, None
+    picture = own_pipe(image_embeddings=torch.zeros(1, 32), num_inference_steps=2, generator=0)[0]
+    again = TextToImage.from_pretrained(own_pipe.save_pretrained(tmp_path/'variations'))
+    assert again.translator is None and same(again(images=[picture], num_inference_steps=2, generator=0), own_pipe(images=[picture], num_inference_steps=2, generator=0))
+    assert 'translator' not in again.to('cpu').fingerprints()
+    for translate in (True, False):
+        with pytest.raises(ValueError, match='pictures without captions'): again('a cat', translate=translate)
+
+
+def test_a_translator_that_is_missing_is_missed(own_pipe, tmp_path):
+    folder = own_pipe.save_pretrained(tmp_path/'whole')
+    (folder/'translator.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='translator.safetensors'): TextToImage.from_pretrained(folder)
