@@ -47,14 +47,14 @@ def dynamic_threshold(
     denoiser,
     percentile: float = 99.5,  # of the absolute values of each image
 ):  # denoiser
-    "Clip x̂_0 to [-s, s] and divide by s, where s ≥ 1 is a percentile of its absolute values (Saharia et al., 2022, section 2.3)."
+    "Clip x̂_0 to [-q, q] and divide by q, where q ≥ 1 is a percentile of its absolute values (Saharia et al., 2022, section 2.3)."
     if not 0 < percentile <= 100: raise ValueError(f"the percentile of a dynamic threshold is {percentile}: use a number above 0, up to 100")
     def denoise(x_t, t):
         x_0, log_variance = denoiser(x_t, t)
         values = x_0.abs().flatten(1).sort(1).values
         rank = percentile/100*(values.shape[1] - 1)  # between two values, as numpy.percentile interpolates
-        s = torch.lerp(values[:, math.floor(rank)], values[:, math.ceil(rank)], rank % 1).clamp(min=1).reshape(-1, *[1]*(x_0.ndim - 1))
-        return x_0.clamp(-s, s)/s, log_variance
+        q = torch.lerp(values[:, math.floor(rank)], values[:, math.ceil(rank)], rank % 1).clamp(min=1).reshape(-1, *[1]*(x_0.ndim - 1))
+        return x_0.clamp(-q, q)/q, log_variance
     return denoise
 
 # %% ../nbs/lib/guidance.ipynb #3cdd3aca
