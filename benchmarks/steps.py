@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from measure import REPOSITORY, RESULTS, machine, machine_name
 from t2i.core import save_json
+from t2i.data import read_picture
 from t2i.experiments import draw_pairs
 from t2i.metrics import clip_score, evaluate, extract_features, real_vs_real
 from t2i.pipeline import TextToImage, draw_to_folder
@@ -43,7 +43,7 @@ def study(
         row = dict(sampler=sampler, num_inference_steps=k)
         name = '_'.join(map(str, row.values()))
         paths = draw_to_folder(pipe, pairs.captions, lambda: y, folder/pipe.preset.name/f'{n}_{name}', seed, progress=True, **row, **settings)
-        pictures = [Image.open(path).convert('RGB') for path in paths]
+        pictures = [read_picture(path) for path in paths]
         numbers = evaluate(pictures, real, device=pipe.device) | {'clip_score': float(np.mean(clip_score(pipe.clip, pictures, pairs.captions)))}
         found['rows'].append(row | {k: numbers[k] for k in ('fid', 'kid', 'kid_std', 'precision', 'recall', 'clip_score')})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in found['rows'][-1].items()}, flush=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from measure import RESULTS
 from t2i.core import from_uint8, save_json
-from t2i.data import PreparedDataset, decode_image, draw_large, load_emoji
+from t2i.data import PreparedDataset, decode_image, draw_large, load_emoji, read_picture
 from t2i.metrics import efficientnet_lite0, extract_features, frechet_distance
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import image_grid
@@ -59,7 +59,7 @@ class Judge:
     def drawn(self):
         "The decoder's pictures for the captions of the held-out ones."
         folder = Path(f"runs/upsampler_samples_{self.pipe.fingerprints()['decoder']}")
-        return [Image.open(p).convert('RGB') for p in draw_to_folder(self.pipe, self.captions, lambda: self.embeddings, folder, 0, progress=True)]
+        return [read_picture(p) for p in draw_to_folder(self.pipe, self.captions, lambda: self.embeddings, folder, 0, progress=True)]
 
     def enlarge(self, method, pictures, embeddings=None, noise=None):
         "uint8 [N, 256, 256, 3]; `embeddings` None: of the pictures."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .core import Preset, check_learned, load_into, load_weights, save_json, save_weights
+from .core import Preset, check_learned, load_into, load_preset, load_weights, save_json, save_weights
 from .data import Statistics, clip_probe, same_probe
 
 # %% ../nbs/lib/checkpoints.ipynb #baaf1363
@@ -203,4 +203,5 @@ def load_config(
     except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again") from None
     lacking = {'name', 'clip', 'data', 'diffusion', 'decoder', 'translator', 'sampling'} - set(config)
     if lacking: raise ValueError(f"{path} is not the configuration of a text-to-image pipeline: it has no {', '.join(sorted(lacking))}")
-    return Preset.nest(config)
+    try: return load_preset(config)
+    except ValueError as e: raise ValueError(f"{path} cannot be used: {e}") from None

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import ASSETS, fixed_seed, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
+from .checkpoints import find_checkpoint
+from .core import ASSETS, check_learned, fixed_seed, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
 from .data import decodable, emoji_pixels, load_emoji
 from .diffusion import Diffusion
 from .train import Task
@@ -64,11 +65,19 @@ class NoisyClassifier(UNet):
         if 'weights' not in preset and folder is None: raise FileNotFoundError(f"the preset {preset.name!r} ships no classifier: name the folder that holds one, NoisyClassifier.from_preset(…, folder=…)")
         if not (folder or preset.get('weights')):
             with fixed_seed(0): return make_classifier(preset, emoji_classes()).to(get_device(device)).eval()
-        path = Path(folder or ASSETS/preset.weights)/'classifier.safetensors'
+        path = find_checkpoint(folder or ASSETS/preset.weights, 'classifier')
         tensors, metadata = load_weights(path)
+        if 'classes' not in metadata: raise ValueError(f"{path} does not say what its classes are, as `t2i train classifier` writes it: train one, or take another file")
+        check_learned(path, metadata, _process(preset))
         model = make_classifier(preset, metadata['classes'])
         load_into(model, tensors, path)
         return model.to(get_device(device)).eval()
+
+
+def _process(preset) -> dict:
+    "What a classifier depends on of the process whose latents it sees: not what another network predicts."
+    learned = Diffusion(**preset.diffusion).learned
+    return {key: learned[key] for key in ('schedule', 'timesteps')}
 
 
 def make_classifier(preset, classes: dict) -> NoisyClassifier:
@@ -114,4 +123,4 @@ class ClassifierTask(Task):
         device = next(model.parameters()).device
         return {f'validation_{k}': v.item() for k, v in self.loss(model, [b.to(device) for b in batch]).items()}
 
-    def metadata(self): return {'preset': self.preset.name, 'stage': 'classifier', 'classes': self.classes}
+    def metadata(self): return {'preset': self.preset.name, 'stage': 'classifier', 'classes': self.classes, **_process(self.preset)}

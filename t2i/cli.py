@@ -115,7 +115,8 @@ def generate(
         except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 text (its byte {e.start} is {e.object[e.start]:#x}): save it as UTF-8") from None
         captions = [*(captions or []), *(line.strip() for line in lines if line.strip())]
     from t2i.clip import check_captions
-    pictures = [_open(path) for path in image or ()]
+    from t2i.data import read_picture
+    pictures = [read_picture(path) for path in image or ()]
     captions = [path.name for path in image] if image else check_captions(captions or [])
     if n < 1: raise ValueError(f"-n is {n}: ask for at least 1 picture of each caption")
     below = [c for c in captions for _ in range(n)]
@@ -128,12 +129,12 @@ def generate(
         _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
         seed = secrets.randbits(32) if seed is None else seed
         with _when_stopped("nothing was written: pictures in a folder, which --out can name instead, are kept one by one"):
-            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base_image and _open(base_image), image_guidance_scale=image_guidance_scale, progress=True, **settings)
+            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base_image and read_picture(base_image), image_guidance_scale=image_guidance_scale, progress=True, **settings)
         told = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, drawn)]
         with atomic_path(out) as tmp: _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
         typer.echo(f"seed {seed}", err=True)
         return typer.echo(out)
-    if base_image: raise ValueError("--base-image is for a grid: name a .png, .jpg or .webp file with --out")
+    if base_image or image_guidance_scale is not None: raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and --image-guidance-scale")
     share, made_of = process_share(), image and [hashlib.sha256(path.read_bytes()).hexdigest() for path in image for _ in range(n)]
     embed = lambda: (pipe.embed_images(pictures) if image else pipe.embed_captions(captions)).repeat_interleave(n, 0)
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
@@ -149,13 +150,6 @@ def _when_stopped(sentence: str):
         typer.echo(sentence, err=True)
         raise
 
-
-def _open(path: Path):
-    "A picture file as a PIL picture, RGB."
-    from t2i.data import Undecodable, decode_image
-    if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}: correct the path")
-    try: return decode_image(path.read_bytes())
-    except Undecodable as e: raise ValueError(f"{path} is no picture that can be read ({e.reason}): give a .png, .jpg or .webp file") from None
 
 
 PICTURE_FILES = {'.png': None, '.jpg': 65500, '.jpeg': 65500, '.webp': 16383}  # ending → the most pixels of a side
@@ -245,10 +239,12 @@ def upsample_command(
     device: Optional[str] = DEVICE,
 ):
     "Enlarge pictures fourfold."
+    from t2i.data import read_picture
     from t2i.pipeline import TextToImage
     _check_folder(out)
     if len({path.stem for path in files}) < len(files): raise ValueError("two of the pictures have the same name: enlarge them into different folders")
-    pictures = [_open(path) for path in files]
+    if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]: raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")
+    pictures = [read_picture(path) for path in files]
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     for path, picture in zip(files, pictures):
         larger, = pipe.upsample(picture, noise=noise, generator=seed, batch_size=batch_size, progress=True)

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import trange
 
-from .data import decodable, decode_image, emoji_captions, is_test_keyword, load_emoji, webp, write_once
+from .data import caption_keywords, decodable, decode_image, emoji_captions, load_emoji, webp, write_once
 from .judge import TEMPLATES
 
 # %% ../nbs/lib/composed.ipynb #1c66e0c9
@@ -133,7 +133,7 @@ def composed(
         joined = 'and' if way == 'side' else 'with'
         name = f'{a.name} {joined} {b.name}'
         captions = emoji_captions(name, a.style, name, [])
-        keywords = [k for k in a.keywords if k != a.name and not is_test_keyword(a.concept, k)]
+        keywords = caption_keywords(a.name, a.concept, a.keywords)
         if keywords:
             keyword, link = pick(keywords), joined if way == 'side' else pick(['with', 'wearing', 'with a'])
             if not asked(keyword, b.name): captions[-1] = f'{keyword} {link} {b.name}, {a.style} style'  # a tiger's keyword is "cat"

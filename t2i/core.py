@@ -292,7 +292,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def from_uint8(images) -> torch.Tensor:
     "uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1]."
-    images = torch.as_tensor(images if isinstance(images, torch.Tensor) else np.asarray(images))
+    images = images if isinstance(images, torch.Tensor) else torch.as_tensor(np.array(images))  # a copy: of arrays that are views backwards, or not to be written
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise ValueError(f"the images are {images.dtype} {list(images.shape)}: give uint8 [N, H, W, 3]")
     return images.permute(0, 3, 1, 2).float()/127.5 - 1
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHARDS', 'EMOJI_SETS', 'EMOJI_NAMES', 'STYLES', 'TONES', 'LEFT_OUT', 'SEVERAL', 'OPENINGS', 'WITH', 'ENDINGS',
            'AROUND', 'NEAR_DUPLICATE', 'N_TEST', 'KEPT_TONES', 'FORMATS', 'SPLITS', 'fetch_npm', 'plain_code', 'slug',
-           'unicode_emoji', 'icon_codes', 'is_test_keyword', 'emoji_captions', 'typed_captions', 'icon_svg',
-           'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji', 'build_emoji',
-           'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'emoji_pixels', 'decodable', 'keyword_concepts',
-           'emoji_names', 'emoji_pattern', 'find_picture', 'emoji_svgs', 'draw_large', 'recoloured', 'write_once',
-           'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments', 'shard_moments',
-           'merged_statistics', 'training_statistics', 'prepare', 'clip_probe', 'same_probe', 'encoded_by',
-           'PreparedDataset']
+           'unicode_emoji', 'icon_codes', 'is_test_keyword', 'caption_keywords', 'emoji_captions', 'typed_captions',
+           'icon_svg', 'rasterise', 'webp', 'fingerprints', 'distances', 'near_duplicates', 'split_emoji',
+           'build_emoji', 'write_shards', 'load_emoji', 'Undecodable', 'decode_image', 'read_picture', 'emoji_pixels',
+           'decodable', 'keyword_concepts', 'emoji_names', 'emoji_pattern', 'find_picture', 'emoji_svgs', 'draw_large',
+           'recoloured', 'write_once', 'recoloured_emoji', 'Standardizer', 'Statistics', 'merge_moments', 'moments',
+           'shard_moments', 'merged_statistics', 'training_statistics', 'prepare', 'clip_probe', 'same_probe',
+           'encoded_by', 'PreparedDataset']
 
 # %% ../nbs/01_data.ipynb #1e707463
 import hashlib, io, json, os, re, shutil, subprocess, tarfile, tempfile, time, unicodedata, warnings
@@ -86,12 +86,12 @@ def unicode_emoji(folder: Path) -> pd.DataFrame:
     groups = {g['order']: g['key'] for g in messages['groups']}
     subgroups = {g['order']: g['key'] for g in messages['subgroups']}
     rows = {}
+    def plain(label): return label.replace(': ', ', ').replace('“', '').replace('”', '').replace('’', "'")
     for base in json.loads((folder/'en/data.json').read_text(encoding='utf-8')):
         for e in [base, *base.get('skins', [])]:
             code = plain_code(e['hexcode'])
             rows[code] = dict(
-                name=e['label'].replace(': ', ', ').replace('“', '').replace('”', '').replace('’', "'"),
-                concept=base['label'].replace(': ', ', ').replace('“', '').replace('”', '').replace('’', "'"),
+                name=plain(e['label']), concept=plain(base['label']),
                 tone=' '.join(TONES[p] for p in code.split('-') if p in TONES), keywords=base.get('tags', []),
                 group=groups.get(base.get('group'), ''), subgroup=subgroups.get(base.get('subgroup'), ''))
     return pd.DataFrame.from_dict(rows, orient='index')
@@ -123,11 +123,15 @@ def is_test_keyword(concept: str, keyword: str) -> bool:
     return hash_fraction(f'keyword/{concept}/{keyword}') < 0.2
 
 
+def caption_keywords(name: str, concept: str, keywords) -> list:
+    "The keywords that captions may say: none that is the name again, or is kept for the test."
+    return [k for k in keywords if k != name and not is_test_keyword(concept, k)]
+
+
 def emoji_captions(name: str, style: str, concept: str, keywords) -> list:
     "Five captions of one picture; the first is the canonical one."
     article = 'an' if name[0].lower() in 'aeiou' else 'a'
-    known = [k for k in keywords if k != name and not is_test_keyword(concept, k)]
-    order = sorted(known, key=lambda k: hash_fraction(f'{name}/{style}/{k}'))
+    order = sorted(caption_keywords(name, concept, keywords), key=lambda k: hash_fraction(f'{name}/{style}/{k}'))
     return [f'{name}, {style} style',
             f'{article} {name}',
             f'{style} style {name}',
@@ -144,7 +148,7 @@ AROUND = frozenset(' '.join(OPENINGS + WITH + ENDINGS).lower().split())
 
 def typed_captions(name: str, style: str, concept: str, keywords, n: int = 8) -> list:
     "n captions of one picture as somebody might type them, the same each time: with words around and within its name or one of its keywords, in the plural, with and without the style."
-    known = [k for k in keywords if k != name and not is_test_keyword(concept, k)] or [name]
+    known = caption_keywords(name, concept, keywords) or [name]
     def caption(i):
         def choose(what, words): return words[int(len(words)*hash_fraction(f'{what}/{i}/{name}/{style}'))]
         opening, thing = choose('opening', OPENINGS), choose('thing', [name, name, choose('keyword', known)])
@@ -344,6 +348,14 @@ def decode_image(data: bytes) -> Image.Image:
         raise Undecodable(f"these {len(data)} bytes are not a picture that Pillow can decode ({type(e).__name__}): skip it or mend the file") from None
 
 
+def read_picture(path: 'str | Path') -> Image.Image:
+    "A picture file as `decode_image` reads it; a `FileNotFoundError` or a `ValueError` names one that is missing or cannot be read."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}: correct the path")
+    try: return decode_image(path.read_bytes())
+    except Undecodable as e: raise ValueError(f"{path} is no picture that can be read ({e.reason}): give a .png, .jpg or .webp file") from None
+
+
 def emoji_pixels(table: pd.DataFrame) -> np.ndarray:
     "The pictures of a table of emoji, uint8 [N, S, S, 3]."
     return np.stack([np.asarray(decode_image(i)) for i in table['image']])
@@ -396,7 +408,7 @@ def find_picture(
         what = CocoCaptions(data).path(int(what))
     if Path(what).suffix.lower() in PICTURES:
         if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
-        return on_white(Image.open(what))
+        return read_picture(what)
     emoji, name = load_emoji(None, ['image', 'caption']), emoji_names().get(str(what).replace('\ufe0f', ''), what)
     found = emoji.image[emoji.caption.isin([name, f'{name}, noto style'])]
     if found.empty: raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red apple, noto style', its name or itself")
@@ -788,7 +800,7 @@ def _merge(out, shards) -> dict:
 
 # %% ../nbs/01_data.ipynb #dc4387bf
 class PreparedDataset:
-    """The prepared shards in a folder, memory-mapped: `images(i)`, `image_embeddings(i)` and `text_embeddings(i)` take a LongTensor of indices.
+    """The prepared shards in a folder, memory-mapped. For a LongTensor [N] of indices there are `images(i)`, uint8 [N, S, S, 3], `image_embeddings(i)`, float32 [N, D], and `text_embeddings(i)`, float32 [N, K, D]; an `IndexError` for others.
 
     With `captions`, only the shards that have them: the translator learns from pairs."""
     def __init__(self, folder: 'str | Path', captions: bool = False):

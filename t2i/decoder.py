@@ -119,9 +119,7 @@ def decode(
     x_T = randn((model.in_channels, model.image_size, model.image_size), generators, device) if x_T is None else x_T.to(device, torch.float32)
     with torch.no_grad(), autocast(device), weights_stay():
         denoiser = guided_denoiser(diffusion, model, y.to(device, torch.float32), guidance_scale, thresholding, percentile, **conditions)
-        x = sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
-    if x.isnan().any(): raise FloatingPointError("the decoder drew what is not a number: its weights are damaged, latents or guidance are far too large, or numbers too large for 16 bits, where T2I_PRECISION=float32 helps")
-    return x
+        return sample(sampler, denoiser, diffusion, x_T, generators, hook=hook).clamp(-1, 1)
 
 # %% ../nbs/03_decoder.ipynb #5c7194cb
 def draw_augmentation(

@@ -56,7 +56,7 @@ class Diffusion:
         if snr_range is not None and not (isinstance(snr_range, (list, tuple)) and [isinstance(v, numbers.Real) for v in snr_range] == [True, True] and 0 <= snr_range[0] < snr_range[1]): raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
         self.target, self.vlb_weight, self.snr_range, self.robust, self.exposure_bias = target, vlb_weight, snr_range, robust, 0.
-        self.learned = {'target': target, 'schedule': schedule, 'timesteps': timesteps}  # what a network that was trained with this process depends on
+        self.learned = {'target': target, 'schedule': schedule, 'timesteps': int(timesteps)}  # what a network that was trained with this process depends on
         betas = torch.as_tensor(SCHEDULES[schedule](timesteps), dtype=torch.float64)
         if betas.shape != (timesteps,) or not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any(): raise ValueError(f"the schedule {schedule!r} does not return β of every timestep: {timesteps} numbers above 0, and below 1 but for the last")
         if betas[-1] == 1 and target == 'eps': raise ValueError(f"the schedule {schedule!r} ends in noise alone, from which no ε tells the image: set target = 'v' or 'x0'")

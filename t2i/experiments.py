@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from .core import atomic_path, square
-from .data import decode_image, load_emoji
+from .data import decode_image, load_emoji, read_picture
 from .metrics import MIN_IMAGES, clip_score, evaluate, extract_features, real_vs_real
 from .pipeline import TextToImage, draw_to_folder, numbers_of
 from .readers import CocoCaptions
@@ -87,7 +87,7 @@ def draw_variant(
 ) -> list:
     "One PIL picture for each pair."
     if folder is None: return pipe(image_embeddings=_embed(variant, pipe, pairs), generator=seed, **settings)
-    return [Image.open(path).convert('RGB') for path in variant_to_folder(variant, pipe, pairs, seed, folder, **settings)]
+    return [read_picture(path) for path in variant_to_folder(variant, pipe, pairs, seed, folder, **settings)]
 
 
 def variant_to_folder(variant, pipe, pairs, seed, folder, **settings) -> list:

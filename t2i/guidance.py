@@ -99,14 +99,14 @@ def clip_guidance(
     scale: float,  # w; 0 changes nothing
     shift: str = 'mean',  # 'mean' for ddpm, 'score' for the others
 ):  # denoiser
-    "CLIP guidance (Nichol et al., 2021, section 2.4) with a CLIP that was trained on clean images: it looks at x̂_0."
+    "CLIP guidance (Nichol et al., 2021, section 2.4) with a CLIP that was trained on clean images: it looks at x̂_0. What the denoiser is conditioned on must not be made in inference mode."
     _check_shift(shift)
     if scale == 0: return denoiser
     def denoise(x_t, t):
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             x_0, log_variance = denoiser(x, t)
-            similarity = F.cosine_similarity(encode_images(x_0), embedding, dim=-1)
+            similarity = F.cosine_similarity(encode_images(x_0), embedding.clone(), dim=-1)  # a copy may take part in gradients, whatever mode the embedding was made in
             gradient, = torch.autograd.grad(similarity.sum(), x)
         x_0, log_variance = x_0.detach(), log_variance.detach()
         return _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift), log_variance

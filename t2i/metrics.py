@@ -103,7 +103,7 @@ def _as_uint8(images):
         sizes = {i.size for i in images}
         if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
         images = np.stack([np.asarray(i) for i in images])
-    images = torch.as_tensor(images)
+    images = images if isinstance(images, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(images))
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")
     return images
@@ -133,19 +133,22 @@ def extract_features(
     return Features(name, *(torch.cat(p) for p in zip(*parts)))
 
 # %% ../nbs/lib/metrics.ipynb #2a46319c
-def _check_features(*features, at_least: int):
+def _check_features(*features, at_least: int) -> list:
+    "The features on the CPU, in one type of at least 32 bits; a `ValueError` if they are none, or too few."
     if not all(isinstance(f, torch.Tensor) and f.ndim == 2 and f.shape[1] == features[0].shape[1] for f in features):
         raise ValueError(f"the features are {' and '.join(str(list(f.shape)) if isinstance(f, torch.Tensor) else type(f).__name__ for f in features)}: give tensors [N, D] of the same extractor, `pooled` of `extract_features`")
     if not all(f.isfinite().all() for f in features): raise ValueError("the features hold values that are not finite: extract them again, in float32")
     if min(map(len, features)) < at_least: raise ValueError(f"{' and '.join(str(len(f)) for f in features)} images are too few for this distance: give at least {at_least} of each")
+    kind = functools.reduce(torch.promote_types, (f.dtype for f in features), torch.float32)
+    return [f.detach().cpu().to(kind) for f in features]
 
 
 def frechet_distance(
     a: torch.Tensor,  # features [N, D]
     b: torch.Tensor,  # features [M, D]
 ) -> float:
-    "Squared Fréchet distance of the Gaussians with the means and covariances of `a` and `b` (FID; Heusel et al., 2017)."
-    _check_features(a, b, at_least=2)
+    "Squared Fréchet distance of the Gaussians with the means and covariances of `a` and `b` (FID; Heusel et al., 2017). A `ValueError` for fewer than 2 rows, rows of different widths and values that are not finite."
+    a, b = _check_features(a, b, at_least=2)
     if len(a) + len(b) < a.shape[1]:
         basis = torch.linalg.qr(torch.cat([a, b]).double().T).Q  # [D, N + M], orthonormal
         a, b = a.double() @ basis, b.double() @ basis
@@ -158,8 +161,8 @@ def kernel_distance(
     b: torch.Tensor,  # features [M, D]
     seed: int = 0,    # which subsets are drawn
 ) -> tuple:
-    "Mean and standard deviation of KID (Bińkowski et al., 2018) over 100 random subsets of half the smaller set, at most 1,000 images."
-    _check_features(a, b, at_least=4)
+    "Mean and standard deviation of KID (Bińkowski et al., 2018) over 100 random subsets of half the smaller set, at most 1,000 images. A `ValueError` for fewer than 4 rows, rows of different widths and values that are not finite."
+    a, b = _check_features(a, b, at_least=4)
     found = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a)//2, len(b)//2), rng_seed=seed, verbose=False)
     return found['kernel_inception_distance_mean'], found['kernel_inception_distance_std']
 
@@ -175,8 +178,8 @@ def precision_recall(
     generated: torch.Tensor,  # features [N, D]
     real: torch.Tensor,       # features [M, D]
 ) -> tuple:
-    "Improved precision and recall with 3 neighbours (Kynkäänniemi et al., 2019), each in [0, 1]."
-    _check_features(generated, real, at_least=4)
+    "Improved precision and recall with 3 neighbours (Kynkäänniemi et al., 2019), each in [0, 1]. A `ValueError` as from `kernel_distance`."
+    generated, real = _check_features(generated, real, at_least=4)
     found = prc_features_to_metric(generated, real, verbose=False)
     return found['precision'], found['recall']
 

@@ -184,7 +184,7 @@ class TextToImage:
         expected = self.preset.clip.embedding_size
         if isinstance(image_embeddings, (list, tuple)) and image_embeddings and all(isinstance(v, torch.Tensor) and v.shape[-1:] == (expected,) for v in image_embeddings):
             image_embeddings = torch.cat([v.reshape(-1, expected) for v in image_embeddings])
-        y = torch.as_tensor(image_embeddings).float()
+        y = torch.as_tensor(np.array(image_embeddings) if isinstance(image_embeddings, np.ndarray) else image_embeddings).float()
         if y.ndim != 2 or y.shape[1] != expected or not len(y): raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
         if not y.isfinite().all(): raise ValueError("image_embeddings hold values that are not finite: give standardised ones, as embed_images returns them")
         return y.to(self.device)
@@ -216,10 +216,11 @@ class TextToImage:
     ) -> list:
         "PIL pictures, those of the first caption first. The same seed draws the same pictures on the same machine."
         if not isinstance(num_images_per_prompt, numbers.Integral) or isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}: it is a whole number of pictures, at least 1")
-        for name, value in (('guidance_scale', guidance_scale), ('exposure_bias', exposure_bias), ('image_guidance_scale', image_guidance_scale), ('batch_size', batch_size), ('upsampler_noise', upsampler_noise)):
+        for name, value in (('guidance_scale', guidance_scale), ('exposure_bias', exposure_bias), ('image_guidance_scale', image_guidance_scale), ('upsampler_noise', upsampler_noise)):
             if value is not None and not isinstance(value, numbers.Real): raise ValueError(f"{name} is {value!r}: give a number")
         self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, batch_size)
-        self._check_idle(base_image, {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay}, upsample, {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise})
+        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay}),
+                         (upsample, 'upsample=True', {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise}), (captions is not None, 'captions', {'translate': None if translate else False}))
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         if upsample: self._check_upsampling(upsampler_label, upsampler_noise, len(y))
         s = self.preset.sampling
@@ -248,12 +249,12 @@ class TextToImage:
         if num_inference_steps is not None: self.diffusion.respace(num_inference_steps)
         if guidance_scale is not None and not math.isfinite(guidance_scale): raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
         if sampler is not None: get_sampler(sampler)
-        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: draw at least 1 picture at once")
+        if batch_size is not None and not (isinstance(batch_size, numbers.Integral) and batch_size >= 1): raise ValueError(f"batch_size is {batch_size!r}: it is a whole number of pictures drawn at once, at least 1")
 
     @staticmethod
-    def _check_idle(base_image, of_image_guidance: dict, upsample, of_upsampler: dict):
+    def _check_idle(*groups):  # (is it given, what it is called, options that are of use with it only)
         "Refuse what was asked for and would change nothing."
-        for needed, given, options in ((base_image is not None, 'a base_image', of_image_guidance), (upsample, 'upsample=True', of_upsampler)):
+        for needed, given, options in groups:
             idle = [k for k, v in options.items() if v is not None]
             if idle and not needed: raise ValueError(f"{' and '.join(idle)} would change nothing without {given}: give both, or none")
 
@@ -272,8 +273,8 @@ class TextToImage:
     def _mask(self, mask):
         if mask is None: return None
         size = self.preset.data.image_size
-        if isinstance(mask, Image.Image): return (to_tensor(mask.convert('L').convert('RGB'), size)[:, :1].to(self.device) + 1)/2
-        m = torch.as_tensor(mask).float() if isinstance(mask, (torch.Tensor, np.ndarray)) else torch.empty(0)
+        if isinstance(mask, Image.Image): return (to_tensor(on_white(mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
+        m = mask.float() if isinstance(mask, torch.Tensor) else torch.as_tensor(np.array(mask)).float() if isinstance(mask, np.ndarray) else torch.empty(0)
         if m.shape not in ((size, size), (1, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
             raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or array [1, 1, {size}, {size}] of numbers from 0 to 1")
         return m.view(1, 1, size, size).to(self.device)
@@ -290,7 +291,7 @@ class TextToImage:
         progress: bool = False,
     ) -> list:
         "PIL pictures, enlarged by the upsampler; with classes, `picture.info['label']` is the name of the one that it took each for."
-        self._check_upsampler()
+        self._check_settings(upsample=True, batch_size=batch_size)
         images, size = pil_pictures(images), self.preset.data.image_size
         self._check_upsampling(label, noise, len(images))
         x, y = to_tensor(images, size), None

@@ -6,7 +6,6 @@ __all__ = ['as_pictures', 'show_images', 'image_grid', 'side_by_side', 'show_pai
 
 # %% ../nbs/lib/plots.ipynb #4b9fd781
 import functools, math, re, textwrap, unicodedata
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,11 +19,10 @@ from .data import emoji_names, emoji_pattern
 
 # %% ../nbs/lib/plots.ipynb #589ce1f1
 def as_pictures(
-    images,  # PIL pictures, uint8 [N, H, W, 3] or a list of such arrays, or a float tensor [N, 3, H, W] in [-1, 1]
+    images,  # one PIL picture or uint8 [H, W, 3], or several; or a float tensor [N, 3, H, W] in [-1, 1]
 ) -> list:
     "The images as PIL pictures, on white. Raises `ValueError` if there are none, or something else, such as paths."
     if isinstance(images, torch.Tensor) and images.is_floating_point(): images = to_pil(images)
-    if not isinstance(images, (Image.Image, str, Path, type(None))): images = [Image.fromarray(np.asarray(i)) if isinstance(i, (np.ndarray, torch.Tensor)) else i for i in images]
     return [on_white(i) for i in pil_pictures(images)]
 
 

@@ -124,6 +124,7 @@ def sample(
     generators: 'list | None' = None,  # one torch.Generator per image
     **options,  # hook, progress, eta: see the sampler
 ) -> Tensor:  # images [N, C, H, W]
-    "The images at the end of a sampler's steps."
+    "The images at the end of a sampler's steps; a `FloatingPointError` if they are no numbers."
     for step in get_sampler(sampler)(denoiser, diffusion, x_T, generators, **options): pass
+    if step.x.isnan().any(): raise FloatingPointError("the network drew what is not a number: its weights are damaged, latents or guidance are far too large, or numbers too large for 16 bits, where T2I_PRECISION=float32 helps")
     return step.x

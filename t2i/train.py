@@ -204,7 +204,7 @@ class TrainConfig:
     decay_steps: 'int | None' = None   # length of the decay, if it is longer than the run (the thesis: 800,000 for 500,000)
     clip_norm: float = 1.              # maximum norm of the gradient
     ema: float = 0.                    # rate of the moving average; 0: none
-    explosion: float = 10.             # a loss of so many times the lowest one so far ends the run
+    explosion: float = 10.             # a loss of so many times the lowest one so far, if that is positive, ends the run
     compile: bool = False              # torch.compile
     fsdp: bool = False                 # spread weights, gradients and optimiser over the processes
     log_every: int = 20                # steps
@@ -258,8 +258,9 @@ def train(
 ) -> Path:
     """Train `task.model`, resumably → the path of its weights (`weights.safetensors` in `out`; the moving average if there is one).
 
-    Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, `ValueError` if another process trains in `out`, `SystemExit(143)` after SIGTERM and
+    Raises `FloatingPointError` if the loss explodes, `OSError` if a checkpoint cannot be written, `ValueError` if another process trains in `out` or `hours` is no time, `SystemExit(143)` after SIGTERM and
     `KeyboardInterrupt` after Ctrl-C; the last checkpoint is intact each time, and both signals make one."""
+    if hours is not None: check_hours(hours)
     return _Run(task, config, out, seed, device, hours, initial, progress).run()
 
 # %% ../nbs/lib/train.ipynb #ec9fb9c2
@@ -515,7 +516,7 @@ class _Run:
         row = dict(zip(self.sums, totals))
         good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
         if not all(map(math.isfinite, totals)): raise FloatingPointError(f"the loss is {row['loss']} and the gradient's norm {row['gradient_norm']} at step {self.step}: lower the learning rate; {good}")
-        if row['loss'] > self.c.explosion*lowest: raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
+        if 0 < self.c.explosion*lowest < row['loss']: raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
         return row
 
     def terminate(self, number, _):
@@ -586,6 +587,7 @@ class _Run:
             self.coming.close()
             for number, handler in handlers.items(): signal.signal(number, handler)
             if energy: energy.stop()
+            if log: log.writer.close()
         if self.terminated and not self.finished:
             if self.main: print(f'{self.out} is saved at step {self.step:,}: the same command goes on from there')
             raise KeyboardInterrupt if self.terminated == signal.SIGINT else SystemExit(128 + signal.SIGTERM)

@@ -1,23 +1,28 @@
 """Code of one's own on top of the package: parts put together by hand, own schedules, variants and loops, and what is handed over by mistake."""
 import copy
+import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+from t2i.classifier import NoisyClassifier
 from t2i.clip import CLIP
 from t2i.clip_algebra import rank_of
-from t2i.core import from_uint8, load_preset, make_generators, rand, randn, save_weights, to_uint8
-from t2i.data import Statistics
+from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_weights, to_uint8
+from t2i.data import Statistics, find_picture
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
 from t2i.experiments import VARIANTS, Pairs, draw_variant
-from t2i.guidance import classifier_free, classifier_guidance
-from t2i.metrics import clip_score, frechet_distance, kernel_distance, precision_recall
+from t2i.guidance import classifier_free, classifier_guidance, clip_guidance
+from t2i.metrics import clip_score, extract_features, frechet_distance, kernel_distance, precision_recall
 from t2i.pipeline import TextToImage, draw_to_folder
+from t2i.plots import as_pictures
 from t2i.unet import UNet
 
 SIZE = 8
@@ -153,11 +158,12 @@ def test_a_second_condition_is_told_with_and_without_the_first():
 
 
 def test_guidance_inside_of_inference_mode():
-    diffusion, log_prob = Diffusion(), lambda x, t: -x.square().sum((1, 2, 3))
-    guided = classifier_guidance(lambda x, t: (x, torch.zeros_like(x)), diffusion, log_prob, 1.)
-    x, t = torch.ones(1, 3, 4, 4), torch.tensor([500])
-    expected = guided(x, t)[0]
-    with torch.inference_mode(): torch.testing.assert_close(guided(x.clone(), t)[0], expected)
+    diffusion, denoiser, log_prob = Diffusion(), lambda x, t: (x, torch.zeros_like(x)), lambda x, t: -x.square().sum((1, 2, 3))
+    x, t, wanted = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500]), torch.tensor([1., 0., 0.])
+    for guide in (lambda wanted: classifier_guidance(denoiser, diffusion, log_prob, 1.), lambda wanted: clip_guidance(denoiser, diffusion, lambda x: x.mean((2, 3)), wanted, 1.)):
+        expected = guide(wanted)(x, t)[0]
+        assert not torch.equal(expected, x)
+        with torch.inference_mode(): torch.testing.assert_close(guide(wanted.clone())(x.clone(), t)[0], expected)
 
 
 # -- a process of one's own -------------------------------------------------------------------------------------
@@ -237,6 +243,13 @@ def test_features_that_do_not_belong_together(distance):
         with pytest.raises(ValueError, match=words): distance(a, wrong)
 
 
+@pytest.mark.parametrize('distance', [frechet_distance, kernel_distance, precision_recall])
+def test_features_of_other_kinds(distance):
+    a, b = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = distance(a.float(), b.float())
+    for kind in (a.half(), b.half()), (a, b), (a.float().requires_grad_(), b.float()), (a.double(), b): assert distance(*kind) == pytest.approx(expected, rel=1e-4)
+
+
 def test_score_of_one_picture(pipe):
     picture, = pipe('a', generator=0)
     assert clip_score(pipe.clip, picture, 'a') == clip_score(pipe.clip, [picture], ['a'])
@@ -256,3 +269,83 @@ def test_a_translator_that_is_missing_is_missed(own_pipe, tmp_path):
     folder = own_pipe.save_pretrained(tmp_path/'whole')
     (folder/'translator.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match='translator.safetensors'): TextToImage.from_pretrained(folder)
+
+
+# -- arrays, numbers and files as other programs make them --------------------------------------------------------
+def test_arrays_that_are_views(pipe):
+    "Such as OpenCV's pictures with their colours in the order of RGB."
+    rng = np.random.default_rng(0)
+    bgr = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    assert torch.equal(from_uint8(bgr[..., ::-1]), from_uint8(bgr[..., ::-1].copy()))
+    assert torch.equal(pipe.embed_images(bgr[..., ::-1]), pipe.embed_images(bgr[..., ::-1].copy()))
+    assert torch.equal(extract_features(bgr[..., ::-1], device='cpu').pooled, extract_features(bgr[..., ::-1].copy(), device='cpu').pooled)
+    y, mask = rng.standard_normal((2, 32)), rng.random((64, 64))
+    draw = lambda y, mask: pipe(image_embeddings=y, mask=mask, base_image=Image.fromarray(bgr[0]), image_guidance_scale=0.01, generator=0)
+    assert same(draw(y[::-1], mask[::-1]), draw(y[::-1].copy(), mask[::-1].copy()))
+    bgr.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        from_uint8(bgr)
+
+
+def test_one_array_is_one_picture():
+    array = np.random.default_rng(0).integers(0, 256, (20, 10, 3), np.uint8)
+    for one in (array, torch.as_tensor(array)):
+        picture, = as_pictures(one)
+        assert picture.size == (10, 20) and (np.asarray(picture) == array).all()
+    assert len(as_pictures([array]*3)) == len(as_pictures(np.stack([array]*3))) == len(as_pictures(torch.zeros(3, 3, 8, 8))) == 3
+
+
+def test_a_mask_of_16_bits_is_scaled(pipe):
+    mask, base = Image.fromarray(np.full((64, 64), 40_000, np.uint16)), Image.new('RGB', (64, 64), 'red')
+    draw = lambda mask: pipe('a', base_image=base, mask=mask, image_guidance_scale=0.05, generator=1)
+    assert same(draw(mask), draw(np.full((64, 64), round(40_000/257)/255, np.float32))) and not same(draw(mask), draw(None))
+
+
+@pytest.mark.parametrize('batch_size', [-1, 0, 2.5, '2'])
+def test_batches_that_are_none(own_pipe, batch_size):
+    own_pipe._check_upsampler = own_pipe._check_upsampling = lambda *_: None
+    for draw in (lambda **o: own_pipe('a', **o), lambda **o: own_pipe.upsample(Image.new('RGB', (64, 64)), **o)):
+        with pytest.raises(ValueError, match=f'batch_size is {batch_size!r}'): draw(batch_size=batch_size)
+
+
+def test_translate_is_of_captions_only(pipe):
+    for given in (dict(images=Image.new('RGB', (64, 64))), dict(image_embeddings=torch.zeros(1, 32))):
+        with pytest.raises(ValueError, match='translate would change nothing without captions'): pipe(**given, translate=False)
+    assert pipe('a', translate=False, generator=0)
+
+
+def test_a_process_of_numpy_numbers_is_written(tmp_path):
+    path = save_weights(tmp_path/'x.safetensors', {'x': torch.zeros(1)}, Diffusion(timesteps=np.int64(10)).learned)
+    assert load_weights(path)[1]['timesteps'] == 10
+
+
+def test_a_picture_file_is_read_whole_or_not_at_all(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    picture.save(tmp_path/'whole.png')
+    assert find_picture(tmp_path/'whole.png').tobytes() == picture.tobytes()
+    (tmp_path/'half.png').write_bytes((tmp_path/'whole.png').read_bytes()[:3000])
+    (tmp_path/'text.png').write_text('no picture')
+    for name in ('half.png', 'text.png'):
+        with pytest.raises(ValueError, match=f'{name} is no picture that can be read'): find_picture(tmp_path/name)
+
+
+def test_a_configuration_that_was_changed_by_hand(pipe, tmp_path):
+    folder = pipe.save_pretrained(tmp_path/'saved')
+    config = json.loads((folder/'config.json').read_text())
+    for wrong in ({'nonsense': 1}, {'model_channels': '32'}):
+        (folder/'config.json').write_text(json.dumps(config | {'decoder': config['decoder'] | wrong}))
+        with pytest.raises(ValueError, match=f"config.json cannot be used: .*{next(iter(wrong))}"): TextToImage.from_pretrained(folder)
+
+
+def test_a_classifier_of_another_process_or_none(pipe, tmp_path):
+    preset = copy.deepcopy(load_preset('smoke'))
+    with pytest.raises(FileNotFoundError, match='classifier.safetensors'): NoisyClassifier.from_preset(preset, 'cpu', tmp_path)
+    model, path = NoisyClassifier.from_preset(preset, 'cpu'), tmp_path/'classifier.safetensors'
+    save_weights(path, model.state_dict(), {'classes': model.classes, 'schedule': preset.diffusion.schedule, 'timesteps': preset.diffusion.timesteps})
+    NoisyClassifier.from_preset(preset, 'cpu', tmp_path)
+    other = copy.deepcopy(preset)
+    other.diffusion.schedule = 'linear'
+    with pytest.raises(ValueError, match='schedule'): NoisyClassifier.from_preset(other, 'cpu', tmp_path)
+    save_weights(path, model.state_dict(), {})
+    with pytest.raises(ValueError, match='does not say what its classes are'): NoisyClassifier.from_preset(preset, 'cpu', tmp_path)

@@ -1,5 +1,5 @@
 "The training loop: several processes train as one does, and nothing is lost when a run dies."
-import math, os, random, resource, signal, sys
+import math, os, random, resource, signal, sys, threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,6 +197,26 @@ def test_sigterm_while_the_log_is_written(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: train(Line(), LINE | {'log_every': 1, 'save_minutes': 60.}, tmp_path, device='cpu', progress=False)
     assert e.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 5
+
+
+def test_a_loss_may_be_negative(tmp_path):
+    class Likelihood(Line):
+        def loss(self, model, batch): return {'loss': super().loss(model, batch)['loss'] - 1}
+    train(Likelihood(), LINE, tmp_path, device='cpu', progress=False)
+    assert losses(tmp_path).min() < 0
+
+
+@pytest.mark.parametrize('hours', [-1, 0, float('nan'), float('inf')])
+def test_no_time_is_told_before_anything_is_written(hours, tmp_path):
+    with pytest.raises(ValueError, match=f'hours is {hours}'): train(Line(), LINE, tmp_path/'run', hours=hours, device='cpu', progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_training_leaves_no_thread_behind(tmp_path):
+    train(Line(), LINE, tmp_path/'first', device='cpu', progress=False)  # what is started once may stay
+    before = threading.active_count()
+    for i in range(2): train(Line(), LINE, tmp_path/str(i), device='cpu', progress=False)
+    assert threading.active_count() <= before
 
 
 def test_a_run_that_goes_on_remembers_how_low_its_loss_was(tmp_path):
