@@ -21,3 +21,11 @@ def __getattr__(name):
 
 
 def __dir__(): return [*globals(), *_PUBLIC]
+
+
+def command():
+    "The shell's `t2i`, which can be stopped while its modules are still being imported."
+    try:
+        from t2i.cli import main
+        main()
+    except KeyboardInterrupt: raise SystemExit(130)

@@ -8,7 +8,7 @@ __all__ = ['app', 'STAGES', 'DEVICE', 'SAMPLER', 'PRESET', 'FOLDER', 'BATCH_SIZE
            'average', 'figures', 'build_emoji_command', 'main']
 
 # %% ../nbs/lib/cli.ipynb #40df49cf
-import contextlib, errno, functools, hashlib, math, os, secrets, shutil, sys, warnings
+import contextlib, errno, functools, hashlib, math, os, re, secrets, shutil, sys, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -59,7 +59,8 @@ def _sentence(e: Exception, out) -> str:
         if e.errno == errno.ENAMETOOLONG: return f"{out or path} could not be read or written ({why}): give it a shorter name"
         if path and not (out and Path(str(path)).name.startswith('.')): out = path  # with a dot it is the temporary one of `atomic_path`
     elif not isinstance(e, SafetensorError): return why
-    return f"{out or 'a file'} could not be read or written ({why}): make room, or name another place"
+    full = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', None))
+    return f"{out or 'a file'} could not be read or written ({why}): {'make room, or ' if full else ''}name another place"
 
 
 def _check_folder(folder: Optional[Path]):
@@ -91,7 +92,7 @@ SEEDS = {'min': 0, 'max': 2**64 - 2}  # `t2i sample` draws with the next one too
 @_command()
 def generate(
     captions: Optional[List[str]] = typer.Argument(None, help='One or more captions.'),
-    file: Optional[Path] = typer.Option(None, '--file', '-f', help='A text file with a caption on each line.'),
+    file: Optional[Path] = typer.Option(None, '--file', '-f', help='A text file with a caption on each line; - reads a pipe.'),
     n: int = typer.Option(1, '-n', help='Pictures for each caption.'),
     seed: Optional[int] = typer.Option(None, **SEEDS, help='The same seed draws the same pictures.'),
     out: Path = typer.Option(Path('t2i.png'), help='A .png, .jpg or .webp for a grid with captions, or a folder for single pictures; those that are there are not drawn again.'),
@@ -110,10 +111,10 @@ def generate(
     "Draw pictures from captions, or variations of pictures."
     if image and (captions or file): raise ValueError("--image draws variations of pictures and captions are drawn otherwise: give one of the two")
     if file:
-        if not file.is_file(): raise FileNotFoundError(f"there is no file {file}: give a text file with a caption on each line")
-        try: lines = file.read_text(encoding='utf-8-sig').splitlines()
+        if str(file) != '-' and (file.is_dir() or not file.exists()): raise FileNotFoundError(f"{file} is {'a folder' if file.is_dir() else 'no file'}: give a text file with a caption on each line, or - for what is piped in")
+        try: text = (sys.stdin.buffer.read() if str(file) == '-' else file.read_bytes()).decode('utf-8-sig')
         except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 text (its byte {e.start} is {e.object[e.start]:#x}): save it as UTF-8") from None
-        captions = [*(captions or []), *(line.strip() for line in lines if line.strip())]
+        captions = [*(captions or []), *(line.strip() for line in re.split('\r\n|\r|\n', text) if line.strip())]  # str.splitlines would also split at what no editor shows as an end
     from t2i.clip import check_captions
     from t2i.data import read_picture
     pictures = [read_picture(path) for path in image or ()]
@@ -121,20 +122,22 @@ def generate(
     if n < 1: raise ValueError(f"-n is {n}: ask for at least 1 picture of each caption")
     below = [c for c in captions for _ in range(n)]
     _check_out(out)
+    grid = out.suffix.lower() in PICTURE_FILES
+    if not grid and (base_image or image_guidance_scale is not None): raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and --image-guidance-scale")
+    base = base_image and read_picture(base_image)
     from t2i.pipeline import TextToImage, draw_to_folder, png_info, process_share
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)  # a borrowed one has classes, and takes as long as the decoder
     settings = dict(num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size)
-    if out.suffix:
+    if grid:
         _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
         seed = secrets.randbits(32) if seed is None else seed
         with _when_stopped("nothing was written: pictures in a folder, which --out can name instead, are kept one by one"):
-            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base_image and read_picture(base_image), image_guidance_scale=image_guidance_scale, progress=True, **settings)
+            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base, image_guidance_scale=image_guidance_scale, progress=True, **settings)
         told = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, drawn)]
         with atomic_path(out) as tmp: _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
         typer.echo(f"seed {seed}", err=True)
         return typer.echo(out)
-    if base_image or image_guidance_scale is not None: raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and --image-guidance-scale")
     share, made_of = process_share(), image and [hashlib.sha256(path.read_bytes()).hexdigest() for path in image for _ in range(n)]
     embed = lambda: (pipe.embed_images(pictures) if image else pipe.embed_captions(captions)).repeat_interleave(n, 0)
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
@@ -175,7 +178,8 @@ def _check_out(out: Path):
     if out.suffix.lower() in PICTURE_FILES:
         if out.is_dir(): raise IsADirectoryError(f"{out} is a folder and has the ending of a picture file: name a file for a grid, or a folder without such an ending")
         return _check_folder(out.parent)
-    if out.suffix: raise ValueError(f"{out} is neither a picture file nor a folder: name a .png, .jpg or .webp file for a grid, or a folder for single pictures")
+    if out.name.lower() in PICTURE_FILES: raise ValueError(f"{out} is an ending without a name: name a file such as cats{out.name}")
+    if out.suffix and not out.is_dir(): raise ValueError(f"{out} is neither a picture file nor a folder that is there: name a .png, .jpg or .webp file for a grid, or a folder for single pictures, a new one without a dot")
     _check_folder(out)
 
 
@@ -229,7 +233,7 @@ def sample(
 # %% ../nbs/lib/cli.ipynb #6bf66dec
 @_command('upsample')
 def upsample_command(
-    files: List[Path] = typer.Argument(..., help='Pictures; those larger than 64×64 pixels are enlarged in tiles.'),
+    files: List[Path] = typer.Argument(..., help='Pictures; those larger than 64×64 pixels are enlarged in tiles, smaller ones are brought to this size first.'),
     out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names.'),
     noise: float = typer.Option(0., help='How large the errors in the pictures are taken to be, as a standard deviation; 0 trusts every pixel.'),
     seed: int = typer.Option(0, **SEEDS, help='The same seed draws the same details.'),
@@ -242,7 +246,8 @@ def upsample_command(
     from t2i.data import read_picture
     from t2i.pipeline import TextToImage
     _check_folder(out)
-    if len({path.stem for path in files}) < len(files): raise ValueError("two of the pictures have the same name: enlarge them into different folders")
+    stems = [path.stem for path in files]
+    if twice := {s for s in stems if stems.count(s) > 1}: raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
     if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]: raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")
     pictures = [read_picture(path) for path in files]
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
@@ -255,7 +260,7 @@ def upsample_command(
 def _tell(report, folder):
     "What came of the pictures, and of the words of their captions, in a line each."
     lost = ', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())
-    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {report['samples'] - report['prepared']:,} pictures were skipped ({lost}), see {folder/'report.json'}" if lost else ''))
+    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {report['samples'] - report['prepared']:,} skipped ({lost}), see {folder/'report.json'}" if lost else ''))
     if not report['splits'].get('validation'): typer.echo("none of them is for validation, and training needs some: give more pictures, or a source that says which ones are", err=True)
     if unknown := report['unknown_words']: typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often {', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
 
@@ -404,6 +409,8 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
         large = large or draw_large(Path(f'cache/emoji_{size}'), size)
     if stage in AFTER_CLIP:
         if prepared: _check_prepared(stage, preset, runs, prepared, device)
+        elif 'model' in preset.clip and not (runs/'prepared/statistics.safetensors').exists():  # the emoji are for small models
+            raise FileNotFoundError(f"there are no prepared pictures in {runs/'prepared'}: make them with `t2i prepare --out {runs/'prepared'}`, or name their folder with --prepared")
         else: prepared = _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     task = _make_task(stage, preset, runs, prepared, large, emoji, teacher, device)
@@ -475,10 +482,12 @@ def pack(
         for kind in ('log.csv', 'energy.json'):
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
+    if (shipped := runs/'upsampler.safetensors').is_file() and not (out/shipped.name in written): written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))  # of `train --data`, which trains none
     if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
     elif prepared: raise FileNotFoundError(f"there is no {statistics}: name the folder that the training was given with --prepared")
     elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP): typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
+    if lacking := [s for s in ('translator', 'decoder') if not (out/f'{s}.safetensors').exists()]: typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
     known = 'model' in settings.clip or 'weights' in settings
     if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already
     elif known: written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))  # the run used one that it had not trained

@@ -351,9 +351,15 @@ def decode_image(data: bytes) -> Image.Image:
 def read_picture(path: 'str | Path') -> Image.Image:
     "A picture file as `decode_image` reads it; a `FileNotFoundError` or a `ValueError` names one that is missing or cannot be read."
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: name the pictures in it, such as {path/'*.png'}")
     if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}: correct the path")
-    try: return decode_image(path.read_bytes())
-    except Undecodable as e: raise ValueError(f"{path} is no picture that can be read ({e.reason}): give a .png, .jpg or .webp file") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            return decode_image(path.read_bytes())
+    except Undecodable as e:
+        if e.reason == 'decompression bomb': raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from None
+        raise ValueError(f"{path} {'is empty' if not path.stat().st_size else 'is damaged, or no picture'}: give a .png, .jpg or .webp file that can be read") from None
 
 
 def emoji_pixels(table: pd.DataFrame) -> np.ndarray:
@@ -739,7 +745,7 @@ def _check_out(out, shards, settings):
     names = {s.name for s in shards}
     for path in chain(*((out/s).glob('[!.]*.safetensors') for s in SPLITS)):
         if path.stem not in names:
-            raise ValueError(f"{path} was prepared from other sources than these: name all sources together, or delete it, or prepare into another folder")
+            raise ValueError(f"{out} holds pictures of other sources than these ({path.name}): name the folders it was prepared from, all together and by the same names, or delete it, or name another folder with --out")
     for shard in shards:
         path = out/'records'/f'{shard.name}.safetensors'
         if not path.exists(): continue
@@ -841,14 +847,15 @@ class PreparedDataset:
         which = torch.searchsorted(self.ends, indices, right=True)
         if any(name not in self.shards[s] for s in which.unique().tolist()):
             raise ValueError("some of these pictures have no captions: open the shards with PreparedDataset(folder, captions=True)")
-        shape = list(self.shards[int(which[0])][name].shape[1:]) if len(indices) else list(self.shards[0][name].shape[1:])
-        if name == 'text_embeddings': shape[0] = self.captions_per_image
-        out = torch.empty(len(indices), *shape, dtype=torch.uint8 if name == 'images' else torch.float16)
-        for s in which.unique().tolist():
-            here, shard = which == s, self.shards[s][name]
-            rows = shard[indices[here] - (int(self.ends[s - 1]) if s else 0)]
-            out[here] = rows[:, torch.arange(shape[0]) % rows.shape[1]] if name == 'text_embeddings' else rows  # fewer captions than elsewhere: repeated
-        return out
+        arrays, starts = {s: self.shards[s][name].numpy() for s in which.unique().tolist() or [0]}, torch.cat([self.ends.new_zeros(1), self.ends])
+        rows = [arrays[s][row] for s, row in zip(which.tolist(), (indices - starts[which]).tolist())]  # views: a batch has a row of nearly as many shards
+        if name == 'text_embeddings': rows = [row[np.arange(self.captions_per_image) % len(row)] for row in rows]  # fewer captions than elsewhere: repeated
+        return torch.from_numpy(np.stack(rows) if rows else arrays[0][:0])
+
+    def spread(self, n: int) -> torch.Tensor:
+        "The indices of n pictures, or of all if there are not so many, spread over all shards."
+        n = min(n, len(self))
+        return torch.arange(n)*len(self)//n
 
     def images(self, indices): return self._gather('images', indices)
     def image_embeddings(self, indices): return self._gather('image_embeddings', indices).float()

@@ -222,7 +222,7 @@ class DecoderTask(Task):
 
     def validate(self, model, n=256):
         "The loss on held-out pictures, always with the same noise."
-        images, y = self.examples(self.held_out, torch.arange(min(n, len(self.held_out))))
+        images, y = self.examples(self.held_out, self.held_out.spread(n))
         x_0 = from_uint8(images)
         draws = training_draws(self.diffusion, x_0, 0., 0)
         device, parts = next(model.parameters()).device, []
@@ -234,7 +234,7 @@ class DecoderTask(Task):
     def samples(self, model, n=12):
         "Held-out pictures, always the same, above what the decoder makes of their embeddings and, with a translator, of their captions."
         from t2i.plots import image_grid
-        indices, s = torch.arange(min(n, len(self.held_out))), self.preset.sampling
+        indices, s = self.held_out.spread(n), self.preset.sampling
         images, y = self.examples(self.held_out, indices)
         rows = [y]
         if self.translator: rows.append(self.translator(self.statistics.text.standardize(self.held_out.text_embeddings(indices)[:, 0])))

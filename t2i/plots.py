@@ -31,11 +31,11 @@ def _glyphs(): return font_manager.get_font(font_manager.findfont('DejaVu Sans')
 
 
 def _drawable(text):
-    "The text with the names of characters that the font has not, such as emoji."
+    "The text with the names of characters that the font has not, such as emoji, and a box for each letter."
     has = lambda c: c.isspace() or c == '\u200d' or ord(c) in _glyphs()
     text = text.replace('\ufe0f', '')
     if not text.isascii(): text = emoji_pattern().sub(lambda found: found[0] if all(map(has, found[0])) else f' {emoji_names()[found[0]]} ', text)
-    named = ''.join(c if has(c) else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
+    named = ''.join(c if has(c) else '□' if c.isalpha() else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
     return re.sub(' {2,}', ' ', named).replace(' ,', ',').strip(' ')
 
 
@@ -80,12 +80,12 @@ def _wrap(text, font, width):
         longer = f'{lines[-1]} {word}'.strip()
         if lines[-1] and font.getlength(longer) > width: lines.append(word)
         else: lines[-1] = longer
-    return '\n'.join(lines)
+    return '\n'.join(lines if len(lines) <= 6 else [*lines[:5], lines[5] + ' …'])
 
 
 def image_grid(
     images,                 # see `as_pictures`
-    captions: list = None,  # one for each image, wrapped beneath it
+    captions: list = None,  # one for each image, wrapped beneath it, six lines of each at most
     columns: int = None,    # images in a row; by default as square as possible
     tile: int = 128,        # images narrower than this many pixels are enlarged by a whole number
     gap: int = 4,           # white pixels around each image

@@ -328,7 +328,10 @@ class _Run:
         source = self.checkpoint if state else initial
         if not source: return
         tensors, metadata = (state['model'], state.get('task', {})) if state else load_weights(source)
-        check_learned(source, metadata, {k: v for k, v in self.task.metadata().items() if k in ('target', 'schedule', 'timesteps')})
+        now = self.task.metadata()
+        check_learned(source, metadata, {k: v for k, v in now.items() if k in ('target', 'schedule', 'timesteps')})
+        if state and metadata.get('statistics', now.get('statistics')) != now.get('statistics'):
+            raise ValueError(f"{source} has learned from embeddings that were standardised with other statistics than those of the prepared pictures now: name the folder of the pictures it began with, or begin another run with these weights as the first ones (--initial)")
         load_into(self.task.model, tensors, source)
 
     def distribute(self, model):

@@ -133,8 +133,8 @@ class TranslatorTask(Task):
     @cached_property
     def held_out_pairs(self):
         "Of at most ten thousand held-out pictures, spread over all of them: the hundreds of validations of a long training read the shards once."
-        n = min(len(self.held_out), 10_000)
-        return self.pairs(self.held_out, torch.arange(n)*len(self.held_out)//n, torch.zeros(n, dtype=torch.long))
+        indices = self.held_out.spread(10_000)
+        return self.pairs(self.held_out, indices, torch.zeros_like(indices))
 
     def validate(self, model):
         device = next(model.parameters()).device

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from typer.testing import CliRunner
 
+import t2i
 from shell import says, shell
 from t2i import data
-from t2i.cli import _trained, main
+from t2i.cli import _trained, app, main
 from t2i.checkpoints import check_clip, load_config, load_statistics
 from t2i.clip import CLIP
 from t2i.core import ASSETS, PRESETS, Preset, load_preset, load_weights, save_weights
@@ -26,6 +29,7 @@ from t2i.decoder import DecoderTask, decoder_loss
 from t2i.diffusion import Diffusion
 from t2i.guidance import classifier_free
 from t2i.pipeline import TextToImage, draw_to_folder
+from t2i.plots import image_grid
 from t2i.translator import TranslatorTask
 
 LONG = 'a red apple beside ' + 'a very large yellow umbrella and '*12 + 'a pear'
@@ -761,3 +765,84 @@ def test_packing_without_a_clip(published, shards, tmp_path, ship):
     done = shell('pack', '--preset', tmp_path/'mine.toml', '--runs', tmp_path/'run', '--out', tmp_path/'file')
     assert done.exit_code == 0 and (tmp_path/'file/clip.safetensors').exists(), done.output
     CLIP.from_preset(tmp_path/'mine.toml', 'cpu', tmp_path/'file')
+
+
+# -- captions and places as the shell gives them -------------------------------------------------------------------
+def test_captions_come_through_a_pipe_too(tmp_path):
+    text = '\ufeffred apple\r\n\r\nblue\u2028car\x0bfast\rgreen tree\n'
+    (tmp_path/'captions.txt').write_bytes(text.encode())
+    os.mkfifo(tmp_path/'fifo.txt')
+    threading.Thread(target=lambda: (tmp_path/'fifo.txt').write_bytes(text.encode())).start()
+    for name, given, file in (('file', None, tmp_path/'captions.txt'), ('pipe', text.encode(), '-'), ('fifo', None, tmp_path/'fifo.txt')):
+        done = CliRunner().invoke(app, ['generate', '--preset', 'smoke', '--steps', '1', '--seed', '1', '-f', str(file), '--out', str(tmp_path/name)], input=given)
+        assert done.exit_code == 0, done.output
+        assert json.loads((tmp_path/name/'settings.json').read_text())['captions'] == ['red apple', 'blue\u2028car\x0bfast', 'green tree']
+    says(shell('generate', '-f', tmp_path), 'is a folder')
+    says(shell('generate', '-f', tmp_path/'nothing.txt'), 'is no file')
+
+
+def test_places_with_a_dot(tmp_path):
+    (tmp_path/'v1.0').mkdir()
+    draw = lambda out: shell('generate', 'cat', '--preset', 'smoke', '--steps', 1, '--seed', 1, '--out', tmp_path/out)
+    assert draw('v1.0').exit_code == 0 and (tmp_path/'v1.0/00000.png').exists()
+    says(draw('v2.0'), 'v2.0 is neither a picture file nor a folder that is there')
+    says(draw('.png'), 'is an ending without a name')
+
+
+def test_pictures_that_cannot_be_read_are_told_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    Image.new('RGB', (15, 10)).save(tmp_path/'large.png')
+    (tmp_path/'empty.png').touch()
+    (tmp_path/'damaged.png').write_bytes((tmp_path/'large.png').read_bytes()[:40])
+    for name, words in (('large.png', 'has more than 100 pixels: make it smaller'), ('empty.png', 'is empty'), ('damaged.png', 'is damaged'), ('.', 'is a folder'), ('none.png', 'correct the path')):
+        says(shell('upsample', tmp_path/name, '--out', tmp_path/'out'), words)
+        says(shell('generate', '--image', tmp_path/name, '--out', tmp_path/'out.png'), words)
+    for name in 'ab': (tmp_path/name).mkdir()
+    says(shell('upsample', tmp_path/'a/x.png', tmp_path/'b/x.jpg', '--out', tmp_path/'out'), 'would become x.png')
+
+
+def test_what_can_be_checked_is_checked_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(TextToImage, 'from_preset', lambda *_: 1/0)
+    says(shell('generate', 'cat', '--base-image', tmp_path/'none.png', '--out', tmp_path/'x.png'), 'none.png')
+    says(shell('generate', 'cat', '--base-image', tmp_path/'none.png', '--out', tmp_path/'folder'), '--base-image')
+
+
+def test_a_long_caption_does_not_fill_the_grid():
+    picture = Image.new('RGB', (64, 64))
+    short, long = (image_grid([picture], [caption]) for caption in ('apple '*12, 'apple '*5000))
+    assert long.height < 2*short.height and image_grid([picture], ['苹果']).height == image_grid([picture], ['a']).height
+
+
+def test_a_command_that_is_stopped_while_it_begins(monkeypatch):
+    def stopped(): raise KeyboardInterrupt
+    monkeypatch.setattr('t2i.cli.main', stopped)
+    with pytest.raises(SystemExit) as e: t2i.command()
+    assert e.value.code == 130
+
+
+# -- runs that are looked for in the wrong place -------------------------------------------------------------------
+def test_a_training_that_has_not_ended_is_told_as_such(weights, tmp_path):
+    (tmp_path/'own').mkdir()
+    (tmp_path/'own/start.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='its training has not ended: give the same `t2i train --data` again'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'own')
+    (tmp_path/'run/decoder').mkdir(parents=True)
+    shutil.copy(weights/'decoder.safetensors', tmp_path/'run/decoder/weights.safetensors')
+    with pytest.raises(FileNotFoundError, match='t2i pack --runs'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'run')
+    done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run')
+    assert done.exit_code == 0 and 'has no translator yet' in done.output and 'no decoder' not in done.output
+
+
+def test_a_large_clip_never_learns_from_emoji_by_mistake(no_network, tmp_path):
+    for stage in ('translator', 'decoder'): says(shell('train', stage, '--preset', 'thesis', '--out', tmp_path/'run'), 'there are no prepared pictures in', 't2i prepare', '--prepared')
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_run_does_not_go_on_with_other_statistics(shards, tmp_path, ship):
+    few = tmp_path/'few'
+    data.write_shards(load_emoji()[:200], few)
+    for name, source in (('one', shards[0]), ('other', few)): prepare(CLIP.from_preset('smoke', 'cpu'), source, tmp_path/name, load_preset('smoke').data.image_size, progress=False)
+    train = lambda prepared: shell('train', 'decoder', '--preset', 'smoke', '--prepared', tmp_path/prepared, '--out', tmp_path/'run')
+    assert train('one').exit_code == 0
+    before = (tmp_path/'run/decoder/checkpoint.pt').read_bytes()
+    says(train('other'), 'has learned from embeddings that were standardised with other statistics', '--initial', alone=False)
+    assert (tmp_path/'run/decoder/checkpoint.pt').read_bytes() == before and train('one').exit_code == 0

@@ -327,7 +327,7 @@ def test_a_picture_file_is_read_whole_or_not_at_all(tmp_path):
     (tmp_path/'half.png').write_bytes((tmp_path/'whole.png').read_bytes()[:3000])
     (tmp_path/'text.png').write_text('no picture')
     for name in ('half.png', 'text.png'):
-        with pytest.raises(ValueError, match=f'{name} is no picture that can be read'): find_picture(tmp_path/name)
+        with pytest.raises(ValueError, match=f'{name} is damaged, or no picture'): find_picture(tmp_path/name)
 
 
 def test_a_configuration_that_was_changed_by_hand(pipe, tmp_path):

@@ -44,6 +44,15 @@ def test_a_folder_of_pictures_becomes_a_pipeline(pictures, tmp_path):
     before = (tmp_path/'run/decoder.safetensors').read_bytes()
     assert run('--data', pictures, '--out', tmp_path/'run', '--hours', 0.0003, '--device', 'cpu').exit_code == 0
     assert (tmp_path/'run/decoder.safetensors').read_bytes() == before, 'what is done is kept'
+    done = shell('pack', '--runs', tmp_path/'run')
+    assert done.exit_code == 0 and load_weights(tmp_path/'run/packed/upsampler.safetensors')[0].keys() == load_weights(ASSETS/'emoji/upsampler.safetensors')[0].keys(), done.output
+
+
+def test_a_run_within_the_pictures_is_refused(pictures):
+    "What it draws would be read as pictures."
+    for out in (pictures/'run', pictures):
+        with pytest.raises(ValueError, match='name a folder outside of it'): train_on(pictures, out, device='cpu', progress=False)
+    assert not (pictures/'run').exists()
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])

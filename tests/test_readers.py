@@ -213,6 +213,20 @@ def test_imagenet_folders(tmp_path, monkeypatch):
     assert {s.captions for s in read(tmp_path/'train', class_captions=True)} == {('tench',), ('n01443537',)}
 
 
+def test_imagenet_as_a_tar_for_each_class(tmp_path):
+    "As ILSVRC2012_img_train.tar holds it; tars of pairs beside them keep their captions, and names change nothing for those."
+    for name in ('n01440764', 'n01443537'): write_tar(tmp_path/f'{name}.tar', [(f'{name}_{i}.JPEG', picture(format='JPEG')) for i in range(3)])
+    pairs_only, = [s.signature for s in find_shards(write_tar(tmp_path/'pairs/00000.tar', pairs(2)).parent)]
+    samples = read(tmp_path)
+    assert {s.key: s.captions for s in samples} == {f'{name}_{i}': () for name in ('n01440764', 'n01443537') for i in range(3)}
+    (tmp_path/'LOC_synset_mapping.txt').write_text('n01440764 tench, Tinca tinca\n')
+    assert {s.captions for s in read(tmp_path, class_captions=True)} == {('tench',), ('n01443537',)}
+    assert [s.signature for s in find_shards(tmp_path)] != [s.signature for s in find_shards(tmp_path, class_captions=True)]
+    assert [s.signature for s in find_shards(tmp_path/'pairs', class_captions=True)] == [pairs_only]
+    write_tar(tmp_path/'unsorted/x.tar', [('a.jpg', picture(format='JPEG')), ('b.jpg', picture(format='JPEG')), ('a.txt', b'lost')])  # not as WebDataset wants it
+    assert reasons(read(tmp_path/'unsorted')) == {'a': 'no image'}
+
+
 @pytest.mark.parametrize('year', [2014, 2017])
 def test_coco(tmp_path, year):
     with pytest.raises(FileNotFoundError, match=f'annotations_trainval{year}.zip'): CocoCaptions(tmp_path, year=year)
