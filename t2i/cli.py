@@ -260,7 +260,8 @@ def upsample_command(
 def _tell(report, folder):
     "What came of the pictures, and of the words of their captions, in a line each."
     lost = ', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())
-    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {report['samples'] - report['prepared']:,} skipped ({lost}), see {folder/'report.json'}" if lost else ''))
+    n = report['samples'] - report['prepared']
+    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {n:,} {'picture was' if n == 1 else 'pictures were'} skipped ({lost}), see {folder/'report.json'}" if lost else ''))
     if not report['splits'].get('validation'): typer.echo("none of them is for validation, and training needs some: give more pictures, or a source that says which ones are", err=True)
     if unknown := report['unknown_words']: typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often {', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
 

@@ -616,10 +616,10 @@ def test_variations_and_image_guidance_on_the_command_line(tmp_path):
     for out, options in (('free.png', ()), ('pulled.png', ('--base-image', tmp_path/'base.png', '--image-guidance-scale', 0.01))): assert draw(out, 'a red apple', *options).exit_code == 0
     assert np.abs(np.subtract(cell('free.png'), cell('pulled.png'), dtype=int)).max() > 20
     says(draw('x.png', 'a red apple', '--image', tmp_path/'a.png'), 'give one of the two')
-    says(draw('other', 'a red apple', '--base-image', tmp_path/'a.png'), '--base-image is for a grid')
+    says(draw('other', 'a red apple', '--base-image', tmp_path/'a.png'), 'image guidance is for a grid')
     says(draw('x.png', '--image', tmp_path/'none.png'), 'there is no picture')
     (tmp_path/'text.png').write_text('none')
-    says(draw('x.png', '--image', tmp_path/'text.png'), 'text.png is no picture')
+    says(draw('x.png', '--image', tmp_path/'text.png'), 'text.png is damaged, or no picture')
 
 
 def test_pictures_are_enlarged_on_the_command_line(tmp_path):
@@ -628,7 +628,7 @@ def test_pictures_are_enlarged_on_the_command_line(tmp_path):
     done = shell('upsample', tmp_path/'a.png', '--out', tmp_path/'large', '--seed', 3)
     assert done.exit_code == 0 and Image.open(tmp_path/'large/a.png').convert('RGB') == TextToImage.from_preset('emoji', 'cpu').upsample(picture, noise=0., generator=3)[0], done.output
     (tmp_path/'b').mkdir(); picture.save(tmp_path/'b/a.png')
-    says(shell('upsample', tmp_path/'a.png', tmp_path/'b/a.png', '--out', tmp_path/'large'), 'the same name')
+    says(shell('upsample', tmp_path/'a.png', tmp_path/'b/a.png', '--out', tmp_path/'large'), 'would become a.png')
 
 
 def test_ctrl_c_tells_what_is_kept(tmp_path, monkeypatch):

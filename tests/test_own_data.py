@@ -73,7 +73,7 @@ def test_pictures_that_are_skipped_are_told(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path/'pictures')
     (tmp_path/'pictures/3.jpg').write_bytes(b'not a picture')
     done = run('--data', tmp_path/'pictures', '--out', tmp_path/'run', '--preset', 'smoke', '--device', 'cpu')
-    assert done.exit_code == 0 and '39 of 40 pictures are prepared; 1 pictures were skipped (1 × undecodable image)' in done.output, done.output
+    assert done.exit_code == 0 and '39 of 40 pictures are prepared; 1 picture was skipped (1 × undecodable image)' in done.output, done.output
     unknown = json.loads((tmp_path/'run/prepared/report.json').read_text())['unknown_words']
     assert unknown['number'] == 39 and f'never read {len(unknown)} of' in done.output, done.output
 
@@ -100,12 +100,14 @@ def test_added_pictures_leave_embeddings_as_the_weights_know_them(pictures, tmp_
 
 
 def test_who_is_skipped_is_told_where_nothing_is_for_validation(tmp_path, monkeypatch):
+    folder = tmp_path/'pictures'
+    folder.mkdir()
     for i in range(3):
-        Image.new('RGB', (9, 9), (90*i, 0, 0)).save(tmp_path/f'{i}.png')
-        (tmp_path/f'{i}.txt').write_bytes(b'a square')
-    (tmp_path/'picked.png').write_bytes(b'not a picture'); (tmp_path/'picked.txt').write_bytes(b'a square')
+        Image.new('RGB', (9, 9), (90*i, 0, 0)).save(folder/f'{i}.png')
+        (folder/f'{i}.txt').write_bytes(b'a square')
+    (folder/'picked.png').write_bytes(b'not a picture'); (folder/'picked.txt').write_bytes(b'a square')
     monkeypatch.setattr('t2i.readers.hash_fraction', lambda key: 'picked' not in key)
-    with pytest.raises(ValueError, match='none of the 3 pictures is for validation: give more pictures, or mend those of .*report.json'): train_on(tmp_path, tmp_path/'run', 'smoke', device='cpu', progress=False)
+    with pytest.raises(ValueError, match='none of the 3 pictures is for validation: give more pictures, or mend those of .*report.json'): train_on(folder, tmp_path/'run', 'smoke', device='cpu', progress=False)
 
 
 def test_few_described_pictures_among_many_have_a_validation_split(tmp_path):

@@ -364,7 +364,7 @@ def test_command(tmp_path):
     (tmp_path/'mine/c.csv').write_text('file,caption\n' + ''.join(f'cats/{i}.png,cat {i}\n' for i in range(29)))
     prepare_command = lambda *words: shell('prepare', '--preset', 'smoke', '--device', 'cpu', *words)
     result = prepare_command('--source', tmp_path/'mine', '--out', tmp_path/'out')
-    assert result.exit_code == 0 and '29 of 30 pictures are prepared; 1 pictures were skipped (1 × no caption)' in result.output, result.output
+    assert result.exit_code == 0 and '29 of 30 pictures are prepared; 1 picture was skipped (1 × no caption)' in result.output, result.output
     assert PreparedDataset(tmp_path/'out/train').text_embeddings([0]).shape == (1, 1, 32)
     says(prepare_command('--source', tmp_path/'nowhere', '--out', tmp_path/'out'), 'there is no folder')
 
