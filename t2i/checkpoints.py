@@ -27,8 +27,8 @@ def _missing(folder: Path, what: str, names: list) -> FileNotFoundError:
     if not folder.is_dir(): return FileNotFoundError(f"there is no folder {folder}: name the one that holds the checkpoints")
     below = sorted(p.parent for name in names for p in folder.glob(f'*/{name}'))
     if below: return FileNotFoundError(f"the {what} is missing in {folder} and is in {below[0]}: name that folder")
-    if (folder/'start.json').is_file(): return FileNotFoundError(f"the {what} is missing in {folder}, because its training has not ended: give the same `t2i train --data` again")
-    if (folder/what/'weights.safetensors').is_file(): return FileNotFoundError(f"{folder} is the folder of a training: put its weights into one folder with `t2i pack --runs {folder}`, and name that")
+    if what in ('translator', 'decoder') and (folder/'start.json').is_file() and not (folder/'config.json').is_file(): return FileNotFoundError(f"the {what} is missing in {folder}, because its training has not ended: give the same `t2i train --data` again")
+    if (folder/what/'weights.safetensors').is_file(): return FileNotFoundError(f"{folder} is the folder of a training: put its weights into one folder with `t2i pack --preset … --runs {folder}`, and name that")
     inside = sorted(p.name for p in folder.iterdir())
     inside = ', '.join(inside[:8] + ['…']*(len(inside) > 8)) or 'nothing'
     return FileNotFoundError(f"the {what} is missing: {folder} has no {' and no '.join(names)} (it has {inside}); put the file there, from {SOURCE} or from `t2i pack`")

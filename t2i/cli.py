@@ -112,6 +112,9 @@ def generate(
     if image and (captions or file): raise ValueError("--image draws variations of pictures and captions are drawn otherwise: give one of the two")
     if file:
         if str(file) != '-' and (file.is_dir() or not file.exists()): raise FileNotFoundError(f"{file} is {'a folder' if file.is_dir() else 'no file'}: give a text file with a caption on each line, or - for what is piped in")
+        if not file.is_file():
+            from t2i.pipeline import process_share
+            if process_share()[1] > 1: raise ValueError("one process only can read a pipe: write the captions to a file for several")
         try: text = (sys.stdin.buffer.read() if str(file) == '-' else file.read_bytes()).decode('utf-8-sig')
         except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 text (its byte {e.start} is {e.object[e.start]:#x}): save it as UTF-8") from None
         captions = [*(captions or []), *(line.strip() for line in re.split('\r\n|\r|\n', text) if line.strip())]  # str.splitlines would also split at what no editor shows as an end
@@ -152,7 +155,6 @@ def _when_stopped(sentence: str):
     except KeyboardInterrupt:
         typer.echo(sentence, err=True)
         raise
-
 
 
 PICTURE_FILES = {'.png': None, '.jpg': 65500, '.jpeg': 65500, '.webp': 16383}  # ending → the most pixels of a side
@@ -411,7 +413,7 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     if stage in AFTER_CLIP:
         if prepared: _check_prepared(stage, preset, runs, prepared, device)
         elif 'model' in preset.clip and not (runs/'prepared/statistics.safetensors').exists():  # the emoji are for small models
-            raise FileNotFoundError(f"there are no prepared pictures in {runs/'prepared'}: make them with `t2i prepare --out {runs/'prepared'}`, or name their folder with --prepared")
+            raise FileNotFoundError(f"there are no prepared pictures in {runs/'prepared'}: make them with `t2i prepare --source … --preset {preset.name} --out {runs/'prepared'}`, or name their folder with --prepared")
         else: prepared = _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     task = _make_task(stage, preset, runs, prepared, large, emoji, teacher, device)
@@ -483,12 +485,13 @@ def pack(
         for kind in ('log.csv', 'energy.json'):
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
-    if (shipped := runs/'upsampler.safetensors').is_file() and not (out/shipped.name in written): written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))  # of `train --data`, which trains none
     if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
     elif prepared: raise FileNotFoundError(f"there is no {statistics}: name the folder that the training was given with --prepared")
     elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP): typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
-    if lacking := [s for s in ('translator', 'decoder') if not (out/f'{s}.safetensors').exists()]: typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
+    if (shipped := runs/'upsampler.safetensors').is_file() and out/shipped.name not in written: written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))  # of `train --data`, which trains none
+    needed = ('decoder',) if statistics.exists() and not Statistics.load(statistics).text else ('translator', 'decoder')
+    if lacking := [s for s in needed if not (out/f'{s}.safetensors').exists()]: typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
     known = 'model' in settings.clip or 'weights' in settings
     if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already
     elif known: written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))  # the run used one that it had not trained

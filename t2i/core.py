@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'MORE_KEYS', 'COUNTS', 'SHARES', 'KINDS', 'EXHIBITS', 'in_test',
            'MissingKey', 'Preset', 'preset_names', 'load_preset', 'flat', 'get_device', 'enough_memory', 'compiles',
            'uses_bfloat16', 'process_state', 'autocast', 'keep_freed_memory', 'seeded', 'fixed_seed', 'image_seeds',
-           'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'from_uint8', 'to_uint8',
+           'make_generators', 'randn', 'rand', 'randint', 'on_white', 'square', 'as_tensor', 'from_uint8', 'to_uint8',
            'pil_pictures', 'to_tensor', 'to_pil', 'atomic_path', 'save_json', 'save_weights', 'load_weights',
            'check_learned', 'load_into', 'Exhibit', 'exhibit', 'exhibit_path', 'save_figure', 'table_markdown',
            'save_table']
@@ -290,9 +290,16 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return padded
 
 
+def as_tensor(x) -> torch.Tensor:
+    "A tensor as it is; an array, or what can become one, as a tensor, also if it is a view backwards or not to be written to."
+    if isinstance(x, torch.Tensor): return x
+    x = np.asarray(x)
+    return torch.as_tensor(x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy())
+
+
 def from_uint8(images) -> torch.Tensor:
     "uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1]."
-    images = images if isinstance(images, torch.Tensor) else torch.as_tensor(np.array(images))  # a copy: of arrays that are views backwards, or not to be written
+    images = as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise ValueError(f"the images are {images.dtype} {list(images.shape)}: give uint8 [N, H, W, 3]")
     return images.permute(0, 3, 1, 2).float()/127.5 - 1
 
@@ -318,7 +325,7 @@ def pil_pictures(
     images = list(map(_from_array, [images] if one else images))
     wrong = {f"{'×'.join(map(str, i.shape))} of {i.dtype}" if isinstance(i, (np.ndarray, torch.Tensor)) else 'a picture of floating-point numbers' if getattr(i, 'mode', '') == 'F' else type(i).__name__
              for i in images if not isinstance(i, Image.Image) or i.mode == 'F'}
-    if wrong or not images: raise ValueError(f"{name} holds {' and '.join(sorted(wrong)) or 'nothing'} and should hold PIL pictures or arrays [H, W, 3] of uint8: open a file with PIL.Image.open(path)")
+    if wrong or not images: raise ValueError(f"{name} holds {' and '.join(sorted(wrong)) or 'nothing'} and should hold PIL pictures or arrays [H, W, 3] of uint8: open a file with PIL.Image.open(path), make a picture of another array with PIL.Image.fromarray")
     return images
 
 

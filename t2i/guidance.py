@@ -106,7 +106,7 @@ def clip_guidance(
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             x_0, log_variance = denoiser(x, t)
-            similarity = F.cosine_similarity(encode_images(x_0), embedding.clone(), dim=-1)  # a copy may take part in gradients, whatever mode the embedding was made in
+            similarity = F.cosine_similarity(encode_images(x_0), embedding, dim=-1)
             gradient, = torch.autograd.grad(similarity.sum(), x)
         x_0, log_variance = x_0.detach(), log_variance.detach()
         return _shifted(diffusion, t, x_0, log_variance, gradient, scale, shift), log_variance

@@ -23,7 +23,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
-from .core import get_device, on_white, pil_pictures
+from .core import as_tensor, get_device, on_white, pil_pictures
 
 # %% ../nbs/lib/metrics.ipynb #ac68f449
 def efficientnet_lite0() -> torch.nn.Module:
@@ -103,7 +103,7 @@ def _as_uint8(images):
         sizes = {i.size for i in images}
         if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
         images = np.stack([np.asarray(i) for i in images])
-    images = images if isinstance(images, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(images))
+    images = as_tensor(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")
     return images

@@ -45,9 +45,9 @@ def train_on(
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
     start = out/'start.json'
-    if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
     for folder in [data] if isinstance(data, (str, Path)) else data:
-        if out.resolve().is_relative_to(Path(folder).resolve()): raise ValueError(f"{out} lies in {folder}, and what training draws there would be read as your pictures: name a folder outside of it")
+        if not start.exists() and out.resolve().is_relative_to(Path(folder).resolve()): raise ValueError(f"{out} lies in {folder}, and what training draws there could be read as your pictures: name a folder outside of it")
+    if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
     report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
     if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures" + (f", or mend those of {out/'prepared/report.json'} that were skipped" if report['skipped'] else ''))
     if Statistics.load(out/'prepared/statistics.safetensors').text is None: raise ValueError("none of the pictures has a caption, and the translator learns from captions: put a .txt beside each picture, or one .csv with the columns file and caption")

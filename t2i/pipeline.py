@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics, save_config
 from .clip import CLIP, check_captions
 from .convolution import weights_stay
-from .core import ASSETS, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
+from .core import ASSETS, as_tensor, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, make_decoder, make_diffusion
 from .image_guidance import image_guidance
@@ -164,7 +164,8 @@ class TextToImage:
     ) -> torch.Tensor:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
         captions = check_captions(captions)
-        if not self.statistics.text: raise ValueError("this pipeline learned from pictures without captions: give images or image_embeddings to draw from")
+        if not self.statistics.text: raise ValueError("this pipeline learned from pictures without captions: give images (--image in the shell) or image_embeddings to draw from")
+        if translate and not self.translator: raise ValueError("this pipeline has no translator: draw with translate=False, or give it one")
         def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
         if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
@@ -184,7 +185,7 @@ class TextToImage:
         expected = self.preset.clip.embedding_size
         if isinstance(image_embeddings, (list, tuple)) and image_embeddings and all(isinstance(v, torch.Tensor) and v.shape[-1:] == (expected,) for v in image_embeddings):
             image_embeddings = torch.cat([v.reshape(-1, expected) for v in image_embeddings])
-        y = torch.as_tensor(np.array(image_embeddings) if isinstance(image_embeddings, np.ndarray) else image_embeddings).float()
+        y = as_tensor(image_embeddings).float()
         if y.ndim != 2 or y.shape[1] != expected or not len(y): raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
         if not y.isfinite().all(): raise ValueError("image_embeddings hold values that are not finite: give standardised ones, as embed_images returns them")
         return y.to(self.device)
@@ -273,8 +274,8 @@ class TextToImage:
     def _mask(self, mask):
         if mask is None: return None
         size = self.preset.data.image_size
-        if isinstance(mask, Image.Image): return (to_tensor(on_white(mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
-        m = mask.float() if isinstance(mask, torch.Tensor) else torch.as_tensor(np.array(mask)).float() if isinstance(mask, np.ndarray) else torch.empty(0)
+        if isinstance(mask, Image.Image): return (to_tensor((on_white(mask) if mask.mode[0] == 'I' else mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
+        m = as_tensor(mask).float() if isinstance(mask, (torch.Tensor, np.ndarray)) else torch.empty(0)
         if m.shape not in ((size, size), (1, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
             raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or array [1, 1, {size}, {size}] of numbers from 0 to 1")
         return m.view(1, 1, size, size).to(self.device)
@@ -440,6 +441,7 @@ def draw_to_folder(
     each = labels is not None and not isinstance(labels, (str, numbers.Integral))
     if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
     if each: labels = [int(k) for k in settings.pop('upsampler_label')]
+    if 'translate' in settings: raise ValueError("pictures in a folder are drawn from embeddings: leave translate to the function that makes them, as in pipe.embed_captions(captions, translate=False)")
     if other := settings.keys() & {'base_image', 'mask', 'latents'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {}) | ({'made_of': made_of} if made_of else {})
     _keep_settings(folder, drawn_from)

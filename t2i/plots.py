@@ -35,7 +35,7 @@ def _drawable(text):
     has = lambda c: c.isspace() or c == '\u200d' or ord(c) in _glyphs()
     text = text.replace('\ufe0f', '')
     if not text.isascii(): text = emoji_pattern().sub(lambda found: found[0] if all(map(has, found[0])) else f' {emoji_names()[found[0]]} ', text)
-    named = ''.join(c if has(c) else '□' if c.isalpha() else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
+    named = ''.join(c if has(c) else '□' if unicodedata.category(c)[0] in 'LM' else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
     return re.sub(' {2,}', ' ', named).replace(' ,', ',').strip(' ')
 
 

@@ -118,11 +118,17 @@ def _tar_sample(key, parts, alone=False, name=None):
 
 
 def _pictures_alone(path) -> bool:
-    "Whether a tar begins with two pictures of different names, as those of ImageNet's classes do; a caption would lie between them."
+    "Whether a tar holds nothing but pictures, as those of ImageNet's classes do."
+    found = False
     try:
-        with open(path, 'rb') as stream: first = [Path(name) for name, _ in itertools.islice(_members(stream), 2)]
-    except Exception: return False  # its reader will tell
-    return len({p.with_suffix('') for p in first}) == 2 and all(p.suffix.lower() in PICTURES for p in first)
+        with open(path, 'rb') as stream:
+            for name, _ in _members(stream):
+                stem, _, ending = name.rpartition('/')[2].partition('.')
+                if not stem: continue  # hidden
+                if f'.{ending.lower()}' not in PICTURES: return False
+                found = True
+    except Exception: pass  # its reader will tell
+    return found
 
 
 def _read_tar(path, **of_a_class):

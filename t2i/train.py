@@ -590,7 +590,8 @@ class _Run:
             self.coming.close()
             for number, handler in handlers.items(): signal.signal(number, handler)
             if energy: energy.stop()
-            if log: log.writer.close()
+            with contextlib.suppress(OSError):  # log.csv is written, and what went wrong before is what counts
+                if log: log.writer.close()
         if self.terminated and not self.finished:
             if self.main: print(f'{self.out} is saved at step {self.step:,}: the same command goes on from there')
             raise KeyboardInterrupt if self.terminated == signal.SIGINT else SystemExit(128 + signal.SIGTERM)

@@ -768,15 +768,18 @@ def test_packing_without_a_clip(published, shards, tmp_path, ship):
 
 
 # -- captions and places as the shell gives them -------------------------------------------------------------------
-def test_captions_come_through_a_pipe_too(tmp_path):
+def test_captions_come_through_a_pipe_too(tmp_path, monkeypatch):
     text = '\ufeffred apple\r\n\r\nblue\u2028car\x0bfast\rgreen tree\n'
     (tmp_path/'captions.txt').write_bytes(text.encode())
     os.mkfifo(tmp_path/'fifo.txt')
-    threading.Thread(target=lambda: (tmp_path/'fifo.txt').write_bytes(text.encode())).start()
+    threading.Thread(target=lambda: (tmp_path/'fifo.txt').write_bytes(text.encode()), daemon=True).start()
     for name, given, file in (('file', None, tmp_path/'captions.txt'), ('pipe', text.encode(), '-'), ('fifo', None, tmp_path/'fifo.txt')):
         done = CliRunner().invoke(app, ['generate', '--preset', 'smoke', '--steps', '1', '--seed', '1', '-f', str(file), '--out', str(tmp_path/name)], input=given)
         assert done.exit_code == 0, done.output
         assert json.loads((tmp_path/name/'settings.json').read_text())['captions'] == ['red apple', 'blue\u2028car\x0bfast', 'green tree']
+    monkeypatch.setenv('WORLD_SIZE', '2'); monkeypatch.setenv('RANK', '0')
+    says(shell('generate', '-f', '-', '--preset', 'smoke', '--seed', '1', '--out', tmp_path/'several'), 'one process only can read a pipe')
+    monkeypatch.undo()
     says(shell('generate', '-f', tmp_path), 'is a folder')
     says(shell('generate', '-f', tmp_path/'nothing.txt'), 'is no file')
 
@@ -825,9 +828,11 @@ def test_a_training_that_has_not_ended_is_told_as_such(weights, tmp_path):
     (tmp_path/'own').mkdir()
     (tmp_path/'own/start.json').write_text('{}')
     with pytest.raises(FileNotFoundError, match='its training has not ended: give the same `t2i train --data` again'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'own')
+    (tmp_path/'own/config.json').write_text('{}')  # it has
+    with pytest.raises(FileNotFoundError, match='the decoder is missing: '): TextToImage.from_preset('smoke', 'cpu', tmp_path/'own')
     (tmp_path/'run/decoder').mkdir(parents=True)
     shutil.copy(weights/'decoder.safetensors', tmp_path/'run/decoder/weights.safetensors')
-    with pytest.raises(FileNotFoundError, match='t2i pack --runs'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'run')
+    with pytest.raises(FileNotFoundError, match='t2i pack --preset … --runs'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'run')
     done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run')
     assert done.exit_code == 0 and 'has no translator yet' in done.output and 'no decoder' not in done.output
 

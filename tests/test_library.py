@@ -266,6 +266,12 @@ def test_a_decoder_of_pictures_without_captions_draws_from_pictures(own_pipe, tm
 
 
 def test_a_translator_that_is_missing_is_missed(own_pipe, tmp_path):
+    alone = copy.deepcopy(own_pipe)
+    alone.translator = None
+    with pytest.raises(ValueError, match='no translator: draw with translate=False'): alone('a cat')
+    assert alone('a cat', translate=False)
+    with pytest.raises(ValueError, match='embed_captions'): draw_to_folder(own_pipe, ['a'], lambda: 1/0, tmp_path/'x', 1, translate=False)
+    assert not (tmp_path/'x').exists()
     folder = own_pipe.save_pretrained(tmp_path/'whole')
     (folder/'translator.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match='translator.safetensors'): TextToImage.from_pretrained(folder)
@@ -285,7 +291,7 @@ def test_arrays_that_are_views(pipe):
     bgr.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        from_uint8(bgr)
+        for function in (from_uint8, pipe.embed_images, lambda x: extract_features(x, device='cpu')): function(bgr)
 
 
 def test_one_array_is_one_picture():
@@ -294,6 +300,14 @@ def test_one_array_is_one_picture():
         picture, = as_pictures(one)
         assert picture.size == (10, 20) and (np.asarray(picture) == array).all()
     assert len(as_pictures([array]*3)) == len(as_pictures(np.stack([array]*3))) == len(as_pictures(torch.zeros(3, 3, 8, 8))) == 3
+
+
+def test_a_mask_painted_on_nothing(pipe):
+    "White where it guides, transparent and black elsewhere."
+    base, painted, grey = Image.new('RGB', (64, 64), 'red'), Image.new('RGBA', (64, 64), (0, 0, 0, 0)), Image.new('L', (64, 64))
+    painted.paste((255, 255, 255, 255), (0, 0, 32, 32)); grey.paste(255, (0, 0, 32, 32))
+    draw = lambda mask: pipe('a', base_image=base, mask=mask, image_guidance_scale=0.05, generator=1)
+    assert same(draw(painted), draw(grey))
 
 
 def test_a_mask_of_16_bits_is_scaled(pipe):

@@ -219,12 +219,27 @@ def test_imagenet_as_a_tar_for_each_class(tmp_path):
     pairs_only, = [s.signature for s in find_shards(write_tar(tmp_path/'pairs/00000.tar', pairs(2)).parent)]
     samples = read(tmp_path)
     assert {s.key: s.captions for s in samples} == {f'{name}_{i}': () for name in ('n01440764', 'n01443537') for i in range(3)}
+    write_tar(tmp_path/'one/n01440764.tar', [('n01440764_0.JPEG', picture(format='JPEG'))])
+    assert good(read(tmp_path/'one')) == {'n01440764_0': ()}
     (tmp_path/'LOC_synset_mapping.txt').write_text('n01440764 tench, Tinca tinca\n')
     assert {s.captions for s in read(tmp_path, class_captions=True)} == {('tench',), ('n01443537',)}
     assert [s.signature for s in find_shards(tmp_path)] != [s.signature for s in find_shards(tmp_path, class_captions=True)]
     assert [s.signature for s in find_shards(tmp_path/'pairs', class_captions=True)] == [pairs_only]
-    write_tar(tmp_path/'unsorted/x.tar', [('a.jpg', picture(format='JPEG')), ('b.jpg', picture(format='JPEG')), ('a.txt', b'lost')])  # not as WebDataset wants it
-    assert reasons(read(tmp_path/'unsorted')) == {'a': 'no image'}
+
+
+def test_tars_of_pairs_are_never_taken_for_a_class(tmp_path):
+    "However they begin."
+    jpg, text = picture(format='JPEG'), lambda i: f'cap {i}'.encode()
+    tars = {'mac': [(f'{hidden}{i}.{e}', jpg if e == 'jpg' else text(i)) for i in range(2) for e in ('jpg', 'txt') for hidden in ('._', '')],
+            'views': [m for i in range(2) for m in ((f'{i}.left.jpg', jpg), (f'{i}.jpg', jpg), (f'{i}.txt', text(i)))],
+            'first': [('x.jpg', jpg), *(m for i in range(2) for m in ((f'{i}.jpg', jpg), (f'{i}.txt', text(i))))],
+            'unsorted': [('0.jpg', jpg), ('1.jpg', jpg), ('0.txt', text(0)), ('1.txt', text(1))], 'numbers': [('0.jpg', jpg), ('0.cls', b'3')]}
+    found = {}
+    for name, members in tars.items():
+        write_tar(tmp_path/name/'00000.tar', members)
+        for options in ({}, {'class_captions': True}): found[name, *options] = list(good(read(tmp_path/name, **options)).values())
+    both = [('cap 0',), ('cap 1',)]
+    for options in ((), ('class_captions',)): assert {name: found[name, *options] for name in tars} == {'mac': both, 'views': both, 'first': both, 'unsorted': [], 'numbers': []}
 
 
 @pytest.mark.parametrize('year', [2014, 2017])

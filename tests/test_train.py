@@ -212,6 +212,12 @@ def test_no_time_is_told_before_anything_is_written(hours, tmp_path):
     assert not (tmp_path/'run').exists()
 
 
+def test_what_went_wrong_is_told_though_the_log_cannot_be_closed(tmp_path, monkeypatch):
+    def full(_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.close', full)
+    with pytest.raises(FloatingPointError, match='the loss is nan'): train(Line(bad_at=15, factor=float('nan')), LINE, tmp_path, device='cpu', progress=False)
+
+
 def test_a_training_leaves_no_thread_behind(tmp_path):
     train(Line(), LINE, tmp_path/'first', device='cpu', progress=False)  # what is started once may stay
     before = threading.active_count()
