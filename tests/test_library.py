@@ -247,7 +247,7 @@ def test_features_that_do_not_belong_together(distance):
 def test_features_of_other_kinds(distance):
     a, b = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = distance(a.float(), b.float())
-    for kind in (a.half(), b.half()), (a, b), (a.float().requires_grad_(), b.float()), (a.double(), b): assert distance(*kind) == pytest.approx(expected, rel=1e-4)
+    for kind in (a.half(), b.half()), (a, b), (a.float().requires_grad_(), b.float()), (a.double(), b), (a, b.double()): assert distance(*kind) == pytest.approx(expected, rel=1e-4)
 
 
 def test_score_of_one_picture(pipe):

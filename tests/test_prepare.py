@@ -21,7 +21,7 @@ from shell import says, shell
 from test_readers import Stub, own_pictures, pairs, picture, write_tar
 
 from t2i import data
-from t2i.core import load_weights, square
+from t2i.core import load_weights, save_weights, square
 from t2i.data import PreparedDataset, Statistics, merged_statistics, moments, prepare, training_statistics
 
 
@@ -418,3 +418,14 @@ def test_pictures_without_a_split_for_validation(tmp_path):
     assert done.exit_code == 0 and 'none of them is for validation, and training needs some' in done.output, done.output
     with pytest.raises(FileNotFoundError, match='though the other splits do: prepare more pictures'): PreparedDataset(tmp_path/'out/validation')
     with pytest.raises(FileNotFoundError, match='make them with `t2i prepare`'): PreparedDataset(tmp_path/'nothing/validation')
+
+
+def test_some_pictures_of_many_are_of_all_shards(tmp_path):
+    "And a picture with fewer captions than another has each of its own in turn."
+    for i in range(4): save_weights(tmp_path/f'{i}.safetensors', {'images': torch.full((10, 2, 2, 3), i, dtype=torch.uint8), 'image_embeddings': torch.zeros(10, 4).half(),
+                                                                   'text_embeddings': torch.arange(3 - i % 2)[None, :, None].expand(10, -1, 4).half().contiguous()}, {'keys': []})
+    shards = PreparedDataset(tmp_path)
+    assert shards.spread(8).tolist() == [0, 5, 10, 15, 20, 25, 30, 35] and shards.spread(100).tolist() == list(range(40))
+    assert shards.images(shards.spread(4))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert shards.text_embeddings(torch.tensor([0, 10]))[..., 0].tolist() == [[0, 1, 2], [0, 1, 0]]
+    for name, shape in (('images', (0, 2, 2, 3)), ('image_embeddings', (0, 4))): assert getattr(shards, name)(torch.tensor([], dtype=torch.long)).shape == shape

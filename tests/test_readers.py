@@ -219,7 +219,7 @@ def test_imagenet_as_a_tar_for_each_class(tmp_path):
     pairs_only, = [s.signature for s in find_shards(write_tar(tmp_path/'pairs/00000.tar', pairs(2)).parent)]
     samples = read(tmp_path)
     assert {s.key: s.captions for s in samples} == {f'{name}_{i}': () for name in ('n01440764', 'n01443537') for i in range(3)}
-    write_tar(tmp_path/'one/n01440764.tar', [('n01440764_0.JPEG', picture(format='JPEG'))])
+    write_tar(tmp_path/'one/n01440764.tar', [('._n01440764_0.JPEG', b'of a Mac'), ('n01440764_0.JPEG', picture(format='JPEG'))])
     assert good(read(tmp_path/'one')) == {'n01440764_0': ()}
     (tmp_path/'LOC_synset_mapping.txt').write_text('n01440764 tench, Tinca tinca\n')
     assert {s.captions for s in read(tmp_path, class_captions=True)} == {('tench',), ('n01443537',)}
