@@ -835,6 +835,11 @@ def test_a_training_that_has_not_ended_is_told_as_such(weights, tmp_path):
     with pytest.raises(FileNotFoundError, match='t2i pack --preset … --runs'): TextToImage.from_preset('smoke', 'cpu', tmp_path/'run')
     done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run')
     assert done.exit_code == 0 and 'has no translator yet' in done.output and 'no decoder' not in done.output
+    (tmp_path/'run/prepared').mkdir()
+    data.Statistics(data.Statistics.unit(32).image).save(tmp_path/'run/prepared/statistics.safetensors')  # of pictures without captions
+    done = shell('pack', '--preset', 'smoke', '--runs', tmp_path/'run')
+    assert done.exit_code == 0 and 'translator' not in done.output
+    says(shell('pack', '--preset', 'smoke', '--runs', tmp_path/'empty'), 'holds no trained weights')
 
 
 def test_a_large_clip_never_learns_from_emoji_by_mistake(no_network, tmp_path):

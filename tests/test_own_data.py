@@ -55,6 +55,15 @@ def test_a_run_within_the_pictures_is_refused(pictures):
     assert not (pictures/'run').exists()
 
 
+def test_a_run_that_began_within_the_pictures_goes_on(tmp_path, monkeypatch):
+    class Enough(Exception): pass
+    def prepare(*_, **__): raise Enough
+    monkeypatch.setattr('t2i.own_data.prepare', prepare)
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run/start.json').write_text('{"scratch": false}')
+    with pytest.raises(Enough): train_on(tmp_path, tmp_path/'run', device='cpu', progress=False)
+
+
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 def test_weights_that_can_draw_go_on_gently(pictures, tmp_path, monkeypatch, device):
     class Enough(Exception): pass
