@@ -571,6 +571,8 @@ def build_emoji_command(
 # %% ../nbs/lib/cli.ipynb #0ec2b276
 def main():
     "The command `t2i`."
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))  # the shell has closed it
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')  # where the terminal has no "×", a question mark will do
     app()

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -856,3 +858,9 @@ def test_a_run_does_not_go_on_with_other_statistics(shards, tmp_path, ship):
     before = (tmp_path/'run/decoder/checkpoint.pt').read_bytes()
     says(train('other'), 'has learned from embeddings that were standardised with other statistics', '--initial', alone=False)
     assert (tmp_path/'run/decoder/checkpoint.pt').read_bytes() == before and train('one').exit_code == 0
+
+
+def test_a_shell_that_has_closed_its_outputs(tmp_path):
+    for i, closed in enumerate(('2>&-', '>&- 2>&-')):
+        done = subprocess.run(f'"{sys.executable}" -m t2i.cli generate cat --preset smoke --steps 1 --seed 1 --out {i}.png {closed}', shell=True, cwd=tmp_path)
+        assert done.returncode == 0 and Image.open(tmp_path/f'{i}.png')
