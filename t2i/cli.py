@@ -235,7 +235,7 @@ def sample(
 # %% ../nbs/lib/cli.ipynb #6bf66dec
 @_command('upsample')
 def upsample_command(
-    files: List[Path] = typer.Argument(..., help='Pictures; those larger than 64×64 pixels are enlarged in tiles, smaller ones are brought to this size first.'),
+    files: List[Path] = typer.Argument(..., help='Pictures, or folders of pictures; those larger than 64×64 pixels are enlarged in tiles, smaller ones are brought to this size first.'),
     out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names.'),
     noise: float = typer.Option(0., help='How large the errors in the pictures are taken to be, as a standard deviation; 0 trusts every pixel.'),
     seed: int = typer.Option(0, **SEEDS, help='The same seed draws the same details.'),
@@ -247,7 +247,10 @@ def upsample_command(
     "Enlarge pictures fourfold."
     from t2i.data import read_picture
     from t2i.pipeline import TextToImage
+    from t2i.readers import PICTURES
     _check_folder(out)
+    files = [path for given in files for path in (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != '.') if given.is_dir() else [given])]
+    if not files: raise ValueError("there are no pictures in the folder: name another one")
     stems = [path.stem for path in files]
     if twice := {s for s in stems if stems.count(s) > 1}: raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
     if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]: raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")

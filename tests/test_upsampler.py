@@ -505,6 +505,14 @@ def test_command_never_takes_the_place_of_what_it_enlarges(tmp_path, monkeypatch
     assert picture.read_bytes() == before
 
 
+def test_command_enlarges_the_pictures_of_a_folder(tmp_path):
+    (tmp_path/'small').mkdir()
+    for name in ('b.png', 'a.jpg', '.hidden.png', 'notes.txt'): Image.new('RGB', (64, 64), 'red').save(tmp_path/'small'/name, 'PNG')
+    done = shell('upsample', tmp_path/'small', '--out', tmp_path/'large', '--device', 'cpu')
+    assert done.exit_code == 0 and sorted(p.name for p in (tmp_path/'large').iterdir()) == ['a.png', 'b.png'], done.output
+    says(shell('upsample', tmp_path/'small', '--out', tmp_path/'small'), 'would take the place of', 'b.png')
+
+
 def test_command_takes_no_image_guidance_into_a_folder(tmp_path):
     says(shell('generate', 'a red apple', '--preset', 'smoke', '--out', tmp_path/'folder', '--image-guidance-scale', '0.3'), '--image-guidance-scale')
     assert not (tmp_path/'folder').exists()
