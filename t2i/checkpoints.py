@@ -109,12 +109,13 @@ def check_clip(
 ):
     "Refuse another CLIP than that of `statistics`. Their probe tells; the authors' files have none, so there the embeddings must lie in the same cone."
     wrong = ''
-    if statistics.probe: wrong = '' if same_probe(statistics.probe, clip_probe(clip)) else 'they were computed from those of another one'
+    if statistics.probe:
+        if not same_probe(statistics.probe, clip_probe(clip)): wrong = 'they were computed from those of another one'
     elif statistics.text:
         mean, std = statistics.text.mean.cpu(), statistics.text.std.cpu()
         if mean.norm() < std.norm()/2: return  # no cone to speak of
         cosine = torch.cosine_similarity(clip.encode_captions(PLAIN_CAPTIONS).mean(0), mean, dim=0).item()
-        wrong = f'cosine of the means {cosine:.2f}, near 1 for the right one' if cosine < 0.3 else ''
+        if cosine < 0.3: wrong = f'cosine of the means {cosine:.2f}, near 1 for the right one'
     if wrong:
         raise ValueError(f"the embeddings of CLIP {clip.name} do not fit the statistics in {source} ({wrong}): "
                          "use the CLIP that the models were trained with, by its clip.safetensors or by clip.model and clip.weights in the preset")

@@ -478,22 +478,22 @@ def pack(
     runs = runs or Path('runs')/settings.name
     out = out or runs/'packed'
     _check_folder(out)
-    written, statistics = [], (prepared or runs/'prepared')/'statistics.safetensors'
-    digest = statistics.exists() and Statistics.load(statistics).digest()
+    written, path = [], (prepared or runs/'prepared')/'statistics.safetensors'
+    statistics = Statistics.load(path) if path.exists() else None
     for stage in STAGES:
         if not (runs/stage/'weights.safetensors').exists(): continue
         tensors, metadata = load_weights(runs/stage/'weights.safetensors')
-        if digest and metadata.get('statistics', digest) != digest: raise ValueError(f"the {stage} in {runs/stage} learned from embeddings that were standardised with other statistics than {statistics}: name the folder that it was given with --prepared, and train all stages on one folder")
+        if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest(): raise ValueError(f"the {stage} in {runs/stage} learned from embeddings that were standardised with other statistics than {path}: name the folder that it was given with --prepared, and train all stages on one folder")
         written.append(save_weights(out/f"{'clip' if stage == 'text' else stage}.safetensors", tensors, metadata, torch.float16))
         for kind in ('log.csv', 'energy.json'):
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
-    if statistics.exists(): written.append(Statistics.load(statistics).save(out/'statistics.safetensors'))
-    elif prepared: raise FileNotFoundError(f"there is no {statistics}: name the folder that the training was given with --prepared")
+    if statistics: written.append(statistics.save(out/'statistics.safetensors'))
+    elif prepared: raise FileNotFoundError(f"there is no {path}: name the folder that the training was given with --prepared")
     elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP): typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
     if (shipped := runs/'upsampler.safetensors').is_file() and out/shipped.name not in written: written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))  # of `train --data`, which trains none
-    needed = ('decoder',) if statistics.exists() and not Statistics.load(statistics).text else ('translator', 'decoder')
+    needed = ('decoder',) if statistics and not statistics.text else ('translator', 'decoder')
     if lacking := [s for s in needed if not (out/f'{s}.safetensors').exists()]: typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
     known = 'model' in settings.clip or 'weights' in settings
     if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already

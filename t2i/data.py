@@ -848,9 +848,9 @@ class PreparedDataset:
         if any(name not in self.shards[s] for s in which.unique().tolist()):
             raise ValueError("some of these pictures have no captions: open the shards with PreparedDataset(folder, captions=True)")
         arrays, starts = {s: self.shards[s][name].numpy() for s in which.unique().tolist() or [0]}, torch.cat([self.ends.new_zeros(1), self.ends])
-        rows = [arrays[s][row] for s, row in zip(which.tolist(), (indices - starts[which]).tolist())]  # views: a batch has a row of nearly as many shards
+        rows = [arrays[s][row] for s, row in zip(which.tolist(), (indices - starts[which]).tolist())] or [arrays[0][0]]  # views: a batch has a row of nearly as many shards
         if name == 'text_embeddings': rows = [row[np.arange(self.captions_per_image) % len(row)] for row in rows]  # fewer captions than elsewhere: repeated
-        return torch.from_numpy(np.stack(rows) if rows else arrays[0][:0])
+        return torch.from_numpy(np.stack(rows))[:len(indices)]
 
     def spread(self, n: int) -> torch.Tensor:
         "The indices of n pictures, or of all if there are not so many, spread over all shards."

@@ -826,6 +826,12 @@ def test_a_command_that_is_stopped_while_it_begins(monkeypatch):
     assert e.value.code == 130
 
 
+def test_a_shell_that_has_closed_its_outputs(tmp_path):
+    for i, closed in enumerate(('2>&-', '>&- 2>&-')):
+        done = subprocess.run(f'"{sys.executable}" -m t2i.cli generate cat --preset smoke --steps 1 --seed 1 --out {i}.png {closed}', shell=True, cwd=tmp_path)
+        assert done.returncode == 0 and Image.open(tmp_path/f'{i}.png')
+
+
 # -- runs that are looked for in the wrong place -------------------------------------------------------------------
 def test_a_training_that_has_not_ended_is_told_as_such(weights, tmp_path):
     (tmp_path/'own').mkdir()
@@ -859,9 +865,3 @@ def test_a_run_does_not_go_on_with_other_statistics(shards, tmp_path, ship):
     before = (tmp_path/'run/decoder/checkpoint.pt').read_bytes()
     says(train('other'), 'has learned from embeddings that were standardised with other statistics', '--initial', alone=False)
     assert (tmp_path/'run/decoder/checkpoint.pt').read_bytes() == before and train('one').exit_code == 0
-
-
-def test_a_shell_that_has_closed_its_outputs(tmp_path):
-    for i, closed in enumerate(('2>&-', '>&- 2>&-')):
-        done = subprocess.run(f'"{sys.executable}" -m t2i.cli generate cat --preset smoke --steps 1 --seed 1 --out {i}.png {closed}', shell=True, cwd=tmp_path)
-        assert done.returncode == 0 and Image.open(tmp_path/f'{i}.png')

@@ -428,4 +428,4 @@ def test_some_pictures_of_many_are_of_all_shards(tmp_path):
     assert shards.spread(8).tolist() == [0, 5, 10, 15, 20, 25, 30, 35] and shards.spread(100).tolist() == list(range(40))
     assert shards.images(shards.spread(4))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert shards.text_embeddings(torch.tensor([0, 10]))[..., 0].tolist() == [[0, 1, 2], [0, 1, 0]]
-    for name, shape in (('images', (0, 2, 2, 3)), ('image_embeddings', (0, 4))): assert getattr(shards, name)(torch.tensor([], dtype=torch.long)).shape == shape
+    for name, shape in (('images', (0, 2, 2, 3)), ('image_embeddings', (0, 4)), ('text_embeddings', (0, 3, 4))): assert getattr(shards, name)(torch.tensor([], dtype=torch.long)).shape == shape
