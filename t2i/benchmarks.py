@@ -19,7 +19,8 @@ RESULTS = PACKAGE.parent/'benchmarks/results'
 def load_benchmarks() -> dict:  # machine → preset → section
     "What `benchmarks/speed.py` wrote on each machine; a `FileNotFoundError` if it did not run yet."
     found = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in sorted(RESULTS.glob('*.json'))}
-    found = {name: presets for name, presets in found.items() if any(isinstance(p, dict) and 'machine' in p and 'sampling' in p for p in presets.values())}
+    found = {name: presets for name, presets in found.items() if any(isinstance(p, dict) and 'machine' in p and 'sampling' in p
+                                                                     for p in presets.values())}
     if not found: raise FileNotFoundError(f"{RESULTS} holds no results: run `python benchmarks/speed.py` in the repository first")
     return found
 
@@ -47,12 +48,14 @@ def speed_column(
         what += ', the GPU shared'*found[section].get('shared', False) + ', one round'*(len(table[ours]['runs']) == 1)
         column[what] = f"{1000*table[ours]['seconds']:.1f} ms"
         for other, row in table.items():
-            if other.startswith('ours') or section == 'sampling crowded' and other in found['sampling']['candidates']: continue  # measured without the crowd
+            # measured without the crowd
+            if other.startswith('ours') or section == 'sampling crowded' and other in found['sampling']['candidates']: continue
             column[f'{what}, against {name(other)}'] = f"{row['ratio']/table[ours]['ratio']:.2f} ×"
     s = found['sampling']
     steps = load_preset(preset).sampling.steps if preset in preset_names() else s['default_steps']
     seconds, baseline = steps*s['candidates'][ours]['seconds'], 1000*s['candidates']['baseline']['seconds']
-    column |= {f'picture in {steps:,} steps': f'{seconds:.2f} s', f"picture in {steps:,} steps, against 1,000 of {name('baseline')}": f'{baseline/seconds:.0f} ×'}
+    column |= {f'picture in {steps:,} steps': f'{seconds:.2f} s',
+               f"picture in {steps:,} steps, against 1,000 of {name('baseline')}": f'{baseline/seconds:.0f} ×'}
     for what, row in found.get('startup', {}).items():
         if what != 'python alone': column[{'first picture': 'first picture of a fresh process'}.get(what, f'`{what}`')] = f"{row['seconds']:.2f} s"
     return column
@@ -76,4 +79,5 @@ def speed_markdown(
     results: 'dict | None' = None,  # of `load_benchmarks`
 ) -> str:
     "`speed_tables` in Markdown, as in the README."
-    return '\n\n'.join(table_markdown(table.rename_axis(f'preset `{preset}`').reset_index(), right=True) for preset, table in speed_tables(results).items())
+    return '\n\n'.join(table_markdown(table.rename_axis(f'preset `{preset}`').reset_index(), right=True)
+                       for preset, table in speed_tables(results).items())

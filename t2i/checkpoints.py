@@ -27,11 +27,15 @@ def _missing(folder: Path, what: str, names: list) -> FileNotFoundError:
     if not folder.is_dir(): return FileNotFoundError(f"there is no folder {folder}: name the one that holds the checkpoints")
     below = sorted(p.parent for name in names for p in folder.glob(f'*/{name}'))
     if below: return FileNotFoundError(f"the {what} is missing in {folder} and is in {below[0]}: name that folder")
-    if what in ('translator', 'decoder') and (folder/'start.json').is_file() and not (folder/'config.json').is_file(): return FileNotFoundError(f"the {what} is missing in {folder}, because its training has not ended: give the same `t2i train --data` again")
-    if (folder/what/'weights.safetensors').is_file(): return FileNotFoundError(f"{folder} is the folder of a training: put its weights into one folder with `t2i pack --preset … --runs {folder}`, and name that")
+    if what in ('translator', 'decoder') and (folder/'start.json').is_file() and not (folder/'config.json').is_file():
+        return FileNotFoundError(f"the {what} is missing in {folder}, because its training has not ended: give the same `t2i train --data` again")
+    if (folder/what/'weights.safetensors').is_file():
+        return FileNotFoundError(f"{folder} is the folder of a training: put its weights into one folder with `t2i pack --preset … --runs "
+                                 f"{folder}`, and name that")
     inside = sorted(p.name for p in folder.iterdir())
     inside = ', '.join(inside[:8] + ['…']*(len(inside) > 8)) or 'nothing'
-    return FileNotFoundError(f"the {what} is missing: {folder} has no {' and no '.join(names)} (it has {inside}); put the file there, from {SOURCE} or from `t2i pack`")
+    return FileNotFoundError(f"the {what} is missing: {folder} has no {' and no '.join(names)} (it has {inside}); put the file there, from "
+                             f"{SOURCE} or from `t2i pack`")
 
 
 def find_checkpoint(
@@ -74,7 +78,9 @@ def load_checkpoint(
     "`model` with the weights in a file; a mismatch names the file, the tensor, both shapes and the preset's key to change. So does one of the process or the statistics, as far as the file tells what it was trained with."
     tensors, metadata = load_weights(path)
     check_learned(path, metadata, learned or {})
-    if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest(): raise ValueError(f"{path} learned from embeddings that were standardised with other statistics than these: take the statistics.safetensors that it was trained with")
+    if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest():
+        raise ValueError(f"{path} learned from embeddings that were standardised with other statistics than these: take the "
+                         f"statistics.safetensors that it was trained with")
     return load_into(model, tensors, path, PRESET_KEYS[name])
 
 # %% ../nbs/lib/checkpoints.ipynb #b22f938e
@@ -90,7 +96,8 @@ def load_statistics(
     if lacking: raise _missing(folder, 'file of the statistics', [own.name, *lacking])
     if own.is_file(): tensors, metadata = load_weights(own)
     else: tensors, metadata = {key: tensor for key, path in paths.items() for tensor in load_weights(path)[0].values()}, {}
-    if tensors.keys() not in (paths.keys(), {'image_mean', 'image_std'}): raise ValueError(f"{own} does not hold statistics: expected the tensors {', '.join(paths)}, found {', '.join(tensors)}")
+    if tensors.keys() not in (paths.keys(), {'image_mean', 'image_std'}):
+        raise ValueError(f"{own} does not hold statistics: expected the tensors {', '.join(paths)}, found {', '.join(tensors)}")
     for key, tensor in tensors.items():
         if list(tensor.shape) != [embedding_size]:
             raise ValueError(f"{paths[key]} does not fit: {key} is of shape {list(tensor.shape)} in the file and {[embedding_size]} in the preset; "
@@ -131,7 +138,8 @@ def convert(
     tensors, metadata = load_weights(source, dtype=None)
     lost = metadata.keys() & {'pieces', 'classes'}
     if lost and target.suffix != '.safetensors':
-        raise ValueError(f"{source} cannot be used without what its header holds ({', '.join(lost)}), and a {target.suffix} file has no header: keep it as safetensors")
+        raise ValueError(f"{source} cannot be used without what its header holds ({', '.join(lost)}), and a {target.suffix} file has no "
+                         f"header: keep it as safetensors")
     return [save_weights(target, tensors, metadata)]
 
 
@@ -141,14 +149,18 @@ def _convert_folder(source: Path, target: Path) -> list:
     if theirs or arrays: return [*(path for pair in theirs for path in convert(*pair)), *_join_statistics(arrays, target)]
     ours = [(source/f'{model}.safetensors', target/names[0]) for model, names in PUBLISHED.items() if (source/f'{model}.safetensors').is_file()]
     statistics = source/'statistics.safetensors'
-    if not ours and not statistics.is_file(): raise _missing(source, 'checkpoint', [*(f'{m}.safetensors' for m in PUBLISHED), *(n[0] for n in PUBLISHED.values())])
+    if not ours and not statistics.is_file():
+        raise _missing(source, 'checkpoint', [*(f'{m}.safetensors' for m in PUBLISHED), *(n[0] for n in PUBLISHED.values())])
     return [*(path for pair in ours for path in convert(*pair)), *_split_statistics(statistics, target)]
 
 
 def _join_statistics(arrays: dict, target: Path) -> list:
     if not arrays: return []
-    if len(arrays) < 4: raise ValueError(f"only {', '.join(p.name for p in arrays.values())} are there: the statistics are the four files {', '.join(PUBLISHED_STATISTICS.values())}")
-    return [save_weights(target/'statistics.safetensors', {key: tensor for key, path in arrays.items() for tensor in load_weights(path, dtype=None)[0].values()})]
+    if len(arrays) < 4:
+        raise ValueError(f"only {', '.join(p.name for p in arrays.values())} are there: the statistics are the four files "
+                         f"{', '.join(PUBLISHED_STATISTICS.values())}")
+    return [save_weights(target/'statistics.safetensors',
+                         {key: tensor for key, path in arrays.items() for tensor in load_weights(path, dtype=None)[0].values()})]
 
 
 def _split_statistics(path: Path, target: Path) -> list:
@@ -162,13 +174,17 @@ def average_weights(
     target: 'str | Path',  # the .safetensors file that gets their mean
 ) -> Path:
     "The mean of the weights of several networks. A `ValueError` if they are not alike."
-    if len(sources) < 2: raise ValueError(f"{len(sources)} file{'s were' if len(sources) != 1 else ' was'} given: a mean needs the weights of at least two networks")
+    if len(sources) < 2:
+        raise ValueError(f"{len(sources)} file{'s were' if len(sources) != 1 else ' was'} given: a mean needs the weights of at least two networks")
     first, metadata = load_weights(sources[0])
     total = {k: v.double() if v.is_floating_point() else v for k, v in first.items()}
     for source in sources[1:]:
         tensors, other = load_weights(source)
-        wrong = next((k for k in {**first, **tensors} if k not in first or k not in tensors or first[k].shape != tensors[k].shape), None) or next((k for k in ('target', 'pieces', 'classes') if metadata.get(k) != other.get(k)), None)
-        if wrong: raise ValueError(f"{source} is of another network than {sources[0]} ({wrong!r} is not the same in both): give weights that were trained on from the same start")
+        wrong = next((k for k in {**first, **tensors} if k not in first or k not in tensors or first[k].shape != tensors[k].shape),
+                     None) or next((k for k in ('target', 'pieces', 'classes') if metadata.get(k) != other.get(k)), None)
+        if wrong:
+            raise ValueError(f"{source} is of another network than {sources[0]} ({wrong!r} is not the same in both): give weights that "
+                             f"were trained on from the same start")
         for k, v in tensors.items():
             if v.is_floating_point(): total[k] += v
         metadata = {k: v for k, v in metadata.items() if other.get(k) == v}
@@ -182,11 +198,13 @@ def fetch_folder(
     "The folder itself if it is there; only otherwise is the Hub asked."
     if Path(source).is_dir(): return Path(source)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-        raise FileNotFoundError(f"there is no folder {source}: give one that save_pretrained wrote, or the id of one on the Hugging Face Hub, such as owner/name")
+        raise FileNotFoundError(f"there is no folder {source}: give one that save_pretrained wrote, or the id of one on the Hugging Face "
+                                f"Hub, such as owner/name")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(source), allow_patterns=['config.json', '*.safetensors']))
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{source} is no folder here, and the Hugging Face Hub did not give it ({type(e).__name__}): check the name and the network") from None
+        raise FileNotFoundError(f"{source} is no folder here, and the Hugging Face Hub did not give it ({type(e).__name__}): check the "
+                                f"name and the network") from None
 
 
 def save_config(folder: 'str | Path', preset: Preset) -> Path:
@@ -201,7 +219,9 @@ def load_config(
 ) -> Preset:
     "The preset in a folder's config.json."
     path = Path(folder)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder} has no config.json, so nobody knows its models' sizes: name the preset, TextToImage.from_preset(…, folder={str(folder)!r})")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so nobody knows its models' sizes: name the preset, "
+                                f"TextToImage.from_preset(…, folder={str(folder)!r})")
     try: config = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again") from None
     lacking = {'name', 'clip', 'data', 'diffusion', 'decoder', 'translator', 'sampling'} - set(config)

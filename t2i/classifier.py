@@ -61,13 +61,17 @@ class NoisyClassifier(UNet):
     def from_preset(cls, preset='emoji', device=None, folder=None) -> 'NoisyClassifier':
         "The classifier of a preset, with the weights that ship or those in `folder`; a preset without weights gets random ones."
         preset = load_preset(preset)
-        if 'classifier' not in preset: raise ValueError(f"the preset {preset.name!r} has no classifier: add a [classifier] section, as the preset emoji has one, and train it")
-        if 'weights' not in preset and folder is None: raise FileNotFoundError(f"the preset {preset.name!r} ships no classifier: name the folder that holds one, NoisyClassifier.from_preset(…, folder=…)")
+        if 'classifier' not in preset:
+            raise ValueError(f"the preset {preset.name!r} has no classifier: add a [classifier] section, as the preset emoji has one, and train it")
+        if 'weights' not in preset and folder is None:
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no classifier: name the folder that holds one, "
+                                    f"NoisyClassifier.from_preset(…, folder=…)")
         if not (folder or preset.get('weights')):
             with fixed_seed(0): return make_classifier(preset, emoji_classes()).to(get_device(device)).eval()
         path = find_checkpoint(folder or ASSETS/preset.weights, 'classifier')
         tensors, metadata = load_weights(path)
-        if 'classes' not in metadata: raise ValueError(f"{path} does not say what its classes are, as `t2i train classifier` writes it: train one, or take another file")
+        if 'classes' not in metadata:
+            raise ValueError(f"{path} does not say what its classes are, as `t2i train classifier` writes it: train one, or take another file")
         check_learned(path, metadata, _process(preset))
         model = make_classifier(preset, metadata['classes'])
         load_into(model, tensors, path)

@@ -20,7 +20,8 @@ from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path,
 
 # %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
-STAGES = {'clip': 0.25, 'text': 0.05, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}  # and the share of the time that each gets
+# and the share of the time that each gets
+STAGES = {'clip': 0.25, 'text': 0.05, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}
 
 
 def _say(sentence: str):
@@ -40,7 +41,8 @@ def _command(name=None):
                     warnings.showwarning = functools.partial(_note, warnings.showwarning)
                     command(**given)
             except (typer.Exit, typer.Abort, BrokenPipeError): raise
-            except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as e: _say(_sentence(e, given.get('out') or given.get('target')))
+            except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as e:
+                _say(_sentence(e, given.get('out') or given.get('target')))
         return command
     return register
 
@@ -68,7 +70,8 @@ def _check_folder(folder: Optional[Path]):
     if folder is None: return
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir(): raise NotADirectoryError(f"{folder} cannot be a folder, because {there} is a file: name another place")
-    if not os.access(there, os.W_OK): raise PermissionError(f"{folder} cannot be written to: change the permissions of {there}, or name another place")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: change the permissions of {there}, or name another place")
 
 
 def _check_device(device: Optional[str]):
@@ -95,14 +98,16 @@ def generate(
     file: Optional[Path] = typer.Option(None, '--file', '-f', help='A text file with a caption on each line; - reads a pipe.'),
     n: int = typer.Option(1, '-n', help='Pictures for each caption.'),
     seed: Optional[int] = typer.Option(None, **SEEDS, help='The same seed draws the same pictures.'),
-    out: Path = typer.Option(Path('t2i.png'), help='A .png, .jpg or .webp for a grid with captions, or a folder for single pictures; those that are there are not drawn again.'),
+    out: Path = typer.Option(Path('t2i.png'), help='A .png, .jpg or .webp for a grid with captions, or a folder for single pictures; those '
+                                                   'that are there are not drawn again.'),
     steps: Optional[int] = typer.Option(None, help="Sampling steps; default: the preset's."),
     sampler: Optional[str] = SAMPLER,
     guidance_scale: Optional[float] = typer.Option(None, help="Classifier-free guidance; default: the preset's."),
     image: Optional[List[Path]] = typer.Option(None, help='A picture to draw variations of, instead of captions; may be given several times.'),
     base_image: Optional[Path] = typer.Option(None, help='Image guidance: a picture that those of a grid are pulled to.'),
     image_guidance_scale: Optional[float] = typer.Option(None, help="How strongly; default: the preset's."),
-    upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took each for. Default: if the preset has an upsampler of its own.'),
+    upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took '
+                                                       'each for. Default: if the preset has an upsampler of its own.'),
     batch_size: Optional[int] = BATCH_SIZE,
     preset: Optional[str] = PRESET,
     folder: Optional[Path] = FOLDER,
@@ -111,13 +116,17 @@ def generate(
     "Draw pictures from captions, or variations of pictures."
     if image and (captions or file): raise ValueError("--image draws variations of pictures and captions are drawn otherwise: give one of the two")
     if file:
-        if str(file) != '-' and (file.is_dir() or not file.exists()): raise FileNotFoundError(f"{file} is {'a folder' if file.is_dir() else 'no file'}: give a text file with a caption on each line, or - for what is piped in")
+        if str(file) != '-' and (file.is_dir() or not file.exists()):
+            raise FileNotFoundError(f"{file} is {'a folder' if file.is_dir() else 'no file'}: give a text file with a caption on each "
+                                    f"line, or - for what is piped in")
         if not file.is_file():
             from t2i.pipeline import process_share
             if process_share()[1] > 1: raise ValueError("one process only can read a pipe: write the captions to a file for several")
         try: text = (sys.stdin.buffer.read() if str(file) == '-' else file.read_bytes()).decode('utf-8-sig')
-        except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 text (its byte {e.start} is {e.object[e.start]:#x}): save it as UTF-8") from None
-        captions = [*(captions or []), *(line.strip() for line in re.split('\r\n|\r|\n', text) if line.strip())]  # str.splitlines would also split at what no editor shows as an end
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file} is not UTF-8 text (its byte {e.start} is {e.object[e.start]:#x}): save it as UTF-8") from None
+        # str.splitlines would also split at what no editor shows as an end
+        captions = [*(captions or []), *(line.strip() for line in re.split('\r\n|\r|\n', text) if line.strip())]
     from t2i.clip import check_captions
     from t2i.data import read_picture
     pictures = [read_picture(path) for path in image or ()]
@@ -126,25 +135,31 @@ def generate(
     below = [c for c in captions for _ in range(n)]
     _check_out(out)
     grid = out.suffix.lower() in PICTURE_FILES
-    if not grid and (base_image or image_guidance_scale is not None): raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and --image-guidance-scale")
+    if not grid and (base_image or image_guidance_scale is not None):
+        raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and "
+                         "--image-guidance-scale")
     base = base_image and read_picture(base_image)
     from t2i.pipeline import TextToImage, draw_to_folder, png_info, process_share
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
-    if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)  # a borrowed one has classes, and takes as long as the decoder
+    # a borrowed one has classes, and takes as long as the decoder
+    if upsample is None: upsample = bool(pipe.upsampler and pipe.upsampler.embedding_size)
     settings = dict(num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size)
     if grid:
         _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
         seed = secrets.randbits(32) if seed is None else seed
         with _when_stopped("nothing was written: pictures in a folder, which --out can name instead, are kept one by one"):
-            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed, base_image=base, image_guidance_scale=image_guidance_scale, progress=True, **settings)
+            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed,
+                         base_image=base, image_guidance_scale=image_guidance_scale, progress=True, **settings)
         told = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, drawn)]
-        with atomic_path(out) as tmp: _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
+        with atomic_path(out) as tmp:
+            _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
         typer.echo(f"seed {seed}", err=True)
         return typer.echo(out)
     share, made_of = process_share(), image and [hashlib.sha256(path.read_bytes()).hexdigest() for path in image for _ in range(n)]
     embed = lambda: (pipe.embed_images(pictures) if image else pipe.embed_captions(captions)).repeat_interleave(n, 0)
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
-        paths = draw_to_folder(pipe, below, embed, out, _seed_of(out, share[1]) if seed is None else seed, share, progress=share[0] == 0, made_of=made_of, **settings)
+        paths = draw_to_folder(pipe, below, embed, out, _seed_of(out, share[1]) if seed is None else seed, share, progress=share[0] == 0,
+                               made_of=made_of, **settings)
     for path in paths if share[0] == 0 else (): typer.echo(path)
 
 
@@ -178,10 +193,14 @@ def _preset(preset: Optional[str], folder: Optional[Path]):
 def _check_out(out: Path):
     "Refuse a place for pictures that is none."
     if out.suffix.lower() in PICTURE_FILES:
-        if out.is_dir(): raise IsADirectoryError(f"{out} is a folder and has the ending of a picture file: name a file for a grid, or a folder without such an ending")
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder and has the ending of a picture file: name a file for a grid, or a folder without "
+                                    f"such an ending")
         return _check_folder(out.parent)
     if out.name.lower() in PICTURE_FILES: raise ValueError(f"{out} is an ending without a name: name a file such as cats{out.name}")
-    if out.suffix and not out.is_dir(): raise ValueError(f"{out} is neither a picture file nor a folder that is there: name a .png, .jpg or .webp file for a grid, or a folder for single pictures, a new one without a dot")
+    if out.suffix and not out.is_dir():
+        raise ValueError(f"{out} is neither a picture file nor a folder that is there: name a .png, .jpg or .webp file for a grid, or a "
+                         f"folder for single pictures, a new one without a dot")
     _check_folder(out)
 
 
@@ -191,7 +210,9 @@ def _check_grid(out: Path, captions: list, n: int, size: int):
     most = PICTURE_FILES[out.suffix.lower()]
     if not most: return
     width, height = _grid([Image.new('RGB', (size, size))]*len(captions), captions, n).size
-    if max(width, height) > most: raise ValueError(f"a grid of {width}×{height} pixels does not fit {out}, because {out.suffix} files have at most {most} on a side: name a .png, or a folder for single pictures")
+    if max(width, height) > most:
+        raise ValueError(f"a grid of {width}×{height} pixels does not fit {out}, because {out.suffix} files have at most {most} on a side: "
+                         f"name a .png, or a folder for single pictures")
 
 
 def _grid(pictures: list, captions: list, n: int):
@@ -229,13 +250,15 @@ def sample(
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     if compiled: pipe.compile()
     with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
-        for path in sample_variants(pipe, pairs, out, seed, share, num_inference_steps=steps, sampler=sampler, guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=share[0] == 0):
+        for path in sample_variants(pipe, pairs, out, seed, share, num_inference_steps=steps, sampler=sampler,
+                                    guidance_scale=guidance_scale, upsample=upsample, batch_size=batch_size, progress=share[0] == 0):
             if share[0] == 0: typer.echo(path)
 
 # %% ../nbs/lib/cli.ipynb #6bf66dec
 @_command('upsample')
 def upsample_command(
-    files: List[Path] = typer.Argument(..., help='Pictures, or folders of pictures; those larger than 64×64 pixels are enlarged in tiles, smaller ones are brought to this size first.'),
+    files: List[Path] = typer.Argument(..., help='Pictures, or folders of pictures; those larger than 64×64 pixels are enlarged in tiles, '
+                                                 'smaller ones are brought to this size first.'),
     out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names.'),
     noise: float = typer.Option(0., help='How large the errors in the pictures are taken to be, as a standard deviation; 0 trusts every pixel.'),
     seed: int = typer.Option(0, **SEEDS, help='The same seed draws the same details.'),
@@ -249,11 +272,14 @@ def upsample_command(
     from t2i.pipeline import TextToImage
     from t2i.readers import PICTURES
     _check_folder(out)
-    files = [path for given in files for path in (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != '.') if given.is_dir() else [given])]
+    files = [path for given in files for path in (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != '.')
+                                                  if given.is_dir() else [given])]
     if not files: raise ValueError("there are no pictures in the folder: name another one")
     stems = [path.stem for path in files]
-    if twice := {s for s in stems if stems.count(s) > 1}: raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
-    if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]: raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")
+    if twice := {s for s in stems if stems.count(s) > 1}:
+        raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
+    if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]:
+        raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")
     pictures = [read_picture(path) for path in files]
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     for path, picture in zip(files, pictures):
@@ -266,16 +292,22 @@ def _tell(report, folder):
     "What came of the pictures, and of the words of their captions, in a line each."
     lost = ', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())
     n = report['samples'] - report['prepared']
-    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared" + (f"; {n:,} {'picture was' if n == 1 else 'pictures were'} skipped ({lost}), see {folder/'report.json'}" if lost else ''))
-    if not report['splits'].get('validation'): typer.echo("none of them is for validation, and training needs some: give more pictures, or a source that says which ones are", err=True)
-    if unknown := report['unknown_words']: typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often {', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
+    typer.echo(f"{report['prepared']:,} of {report['samples']:,} pictures are prepared"
+               + (f"; {n:,} {'picture was' if n == 1 else 'pictures were'} skipped ({lost}), see {folder/'report.json'}" if lost else ''))
+    if not report['splits'].get('validation'):
+        typer.echo("none of them is for validation, and training needs some: give more pictures, or a source that says which ones are", err=True)
+    if unknown := report['unknown_words']:
+        typer.echo(f"CLIP has never read {len(unknown):,} of the captions' words and leaves them out, most often "
+                   f"{', '.join(list(unknown)[:5])}; see {folder/'report.json'}", err=True)
 
 
 @_command('prepare')
 def prepare_command(
-    source: List[Path] = typer.Option(..., help="Folder of img2dataset's shards, ImageNet, MS-COCO, or pictures with captions; may be given several times."),
+    source: List[Path] = typer.Option(..., help="Folder of img2dataset's shards, ImageNet, MS-COCO, or pictures with captions; may be "
+                                                "given several times."),
     out: Path = typer.Option(..., help='Folder for the prepared shards.'),
-    preset: Optional[str] = typer.Option(None, help='Name or .toml path: its CLIP encodes, its data.image_size is the resolution. Default: that of the folder, or else emoji.'),
+    preset: Optional[str] = typer.Option(None, help='Name or .toml path: its CLIP encodes, its data.image_size is the resolution. Default: '
+                                                    'that of the folder, or else emoji.'),
     folder: Optional[Path] = typer.Option(None, help="The CLIP's weights, if others than those that ship."),
     class_captions: bool = typer.Option(False, help="The names of ImageNet's classes become captions."),
     workers: Optional[int] = typer.Option(None, min=1, help='Threads that decode; default: the cores of the process.'),
@@ -286,7 +318,8 @@ def prepare_command(
     from t2i.data import prepare
     _check_folder(out)
     settings, state = load_preset(_preset(preset, folder)), process_state(get_device(device))
-    report = prepare(CLIP.from_preset(settings, device or state.device, folder), source, out, settings.data.image_size, class_captions, workers=workers)
+    report = prepare(CLIP.from_preset(settings, device or state.device, folder), source, out, settings.data.image_size, class_captions,
+                     workers=workers)
     if state.is_main_process: _tell(report, out)
 
 # %% ../nbs/lib/cli.ipynb #df28ba45
@@ -302,7 +335,9 @@ def _prepared_from(source, folder: Path, preset, runs: Path, device):
     from t2i.data import encoded_by, prepare
     state, done = process_state(get_device(device)), folder/'statistics.safetensors'
     if done.exists() and _clip_weights(runs) and not encoded_by(_clip(preset, runs, device), folder):
-        if begun := _begun(runs, AFTER_CLIP): raise ValueError(f"the CLIP of {runs} was trained on after {' and '.join(map(str, begun))} had learned from it: delete that, to learn from the new one")
+        if begun := _begun(runs, AFTER_CLIP):
+            raise ValueError(f"the CLIP of {runs} was trained on after {' and '.join(map(str, begun))} had learned from it: delete that, "
+                             f"to learn from the new one")
         state.wait_for_everyone()  # until all have seen it
         if state.is_main_process:
             typer.echo(f"{folder} is of the run's CLIP as it was before, and is prepared again", err=True)
@@ -325,7 +360,8 @@ def _check_text_run(runs: Path):
     if not (text.exists() and clip.exists()): return
     (ours, _), (now, _) = load_weights(text), load_weights(clip)
     if not all(torch.allclose(ours[k].float(), now[k].float(), 1e-3, 1e-4) for k in ours if k.startswith('visual.')):
-        raise ValueError(f"{clip.parent} was trained on after {text.parent} had learned against it: delete {text.parent}, and it learns against the new one")
+        raise ValueError(f"{clip.parent} was trained on after {text.parent} had learned against it: delete {text.parent}, and it learns "
+                         f"against the new one")
 
 
 def _clip(preset, runs: Path, device=None):
@@ -347,15 +383,19 @@ def _trained(name, preset, runs: Path, device='cpu'):
     from t2i.checkpoints import find_checkpoint
     from t2i.pipeline import load_model
     path = runs/name/'weights.safetensors'
-    if not path.exists(): path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not _clip_weights(runs) else None
+    if not path.exists():
+        path = find_checkpoint(ASSETS/preset.weights, name, optional=True) if preset.get('weights') and not _clip_weights(runs) else None
     return path and load_model(name, preset, path).eval().requires_grad_(False).to(get_device(device))
 
 
 def _check_keep(stage, preset, initial, prepared):
     "Refuse to keep what nobody could."
-    if stage not in ('text', *AFTER_CLIP[:2]): raise ValueError(f"--keep is for text, translator and decoder, which learn from composed pictures: leave it out for the {stage}")
+    if stage not in ('text', *AFTER_CLIP[:2]):
+        raise ValueError(f"--keep is for text, translator and decoder, which learn from composed pictures: leave it out for the {stage}")
     if not initial: raise ValueError("--keep keeps what the first weights say: name their folder with --initial")
-    if prepared or not (preset.decoder if stage == 'decoder' else preset.data).get('composed'): raise ValueError("--keep keeps all answers but those about composed pictures, and there are none: train on the emoji, with a share of `composed` in the preset")
+    if prepared or not (preset.decoder if stage == 'decoder' else preset.data).get('composed'):
+        raise ValueError("--keep keeps all answers but those about composed pictures, and there are none: train on the emoji, with a share "
+                         "of `composed` in the preset")
 
 
 def _teacher(preset, stage, initial: Path, device):
@@ -372,8 +412,11 @@ def _check_prepared(stage, preset, runs: Path, prepared: Path, device):
     from t2i.data import encoded_by
     own_clip = _clip_weights(runs) or preset.get('weights') and 'model' not in preset.clip  # a large one is not loaded for the comparison alone
     if not (own_clip or stage == 'decoder' and preset.decoder.get('augment')) or encoded_by(_clip(preset, runs, device), prepared): return
-    if _clip_weights(runs): raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), or train into another --out")
-    raise ValueError(f"{prepared} was prepared with another CLIP than that of the preset: prepare it without --folder, or leave `weights` out of a preset of your own")
+    if _clip_weights(runs):
+        raise ValueError(f"{prepared} was prepared with another CLIP than that of {runs}: prepare it with that one (t2i prepare --folder), "
+                         f"or train into another --out")
+    raise ValueError(f"{prepared} was prepared with another CLIP than that of the preset: prepare it without --folder, or leave `weights` "
+                     f"out of a preset of your own")
 
 
 def _make_task(stage, preset, runs: Path, prepared, large, emoji: bool, teacher, device):
@@ -390,17 +433,21 @@ def _make_task(stage, preset, runs: Path, prepared, large, emoji: bool, teacher,
         return ClassifierTask(preset)
     if stage == 'translator':
         from t2i.translator import TranslatorTask
-        return TranslatorTask(preset, prepared, {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()} if emoji else None, teacher)
+        return TranslatorTask(preset, prepared,
+                              {name: _prepared_from(make, runs/name, preset, runs, device) for name, make in _invented(preset).items()}
+                              if emoji else None, teacher)
     if stage == 'upsampler':
         from t2i.upsampler import UpsamplerTask
         return UpsamplerTask(preset, prepared, large, _trained('decoder', preset, runs, device))
     from t2i.composed import composed_emoji
     from t2i.decoder import DecoderTask
     return DecoderTask(preset, prepared, _trained('translator', preset, runs), _clip(preset, runs, device) if preset.decoder.get('augment') else None,
-                       _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed') else None, teacher)
+                       _prepared_from(composed_emoji, runs/'composed', preset, runs, device) if emoji and preset.decoder.get('composed')
+                       else None, teacher)
 
 
-def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None, large: 'Path | None' = None, initial: 'Path | None' = None, keep: bool = False) -> Path:
+def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, device=None, prepared: 'Path | None' = None,
+                large: 'Path | None' = None, initial: 'Path | None' = None, keep: bool = False) -> Path:
     "Train one stage of a preset in the folder `runs`, from random weights or those in the folder `initial`, whose answers stay as they are with `keep`, but for composed pictures → the path of its weights."
     from t2i.checkpoints import find_checkpoint
     from t2i.data import SHARDS, draw_large
@@ -411,12 +458,15 @@ def train_stage(stage: str, preset, runs: Path, hours=None, seed: int = 0, devic
     teacher = _teacher(preset, stage, initial, device) if keep else None
     if stage == 'upsampler':
         size = preset.upsampler.image_size
-        if prepared and not large: raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the folder of those with --large")
+        if prepared and not large:
+            raise ValueError(f"the upsampler learns from the pictures in {prepared} and from the same ones at {size} pixels: name the "
+                             f"folder of those with --large")
         large = large or draw_large(Path(f'cache/emoji_{size}'), size)
     if stage in AFTER_CLIP:
         if prepared: _check_prepared(stage, preset, runs, prepared, device)
         elif 'model' in preset.clip and not (runs/'prepared/statistics.safetensors').exists():  # the emoji are for small models
-            raise FileNotFoundError(f"there are no prepared pictures in {runs/'prepared'}: make them with `t2i prepare --source … --preset {preset.name} --out {runs/'prepared'}`, or name their folder with --prepared")
+            raise FileNotFoundError(f"there are no prepared pictures in {runs/'prepared'}: make them with `t2i prepare --source … --preset "
+                                    f"{preset.name} --out {runs/'prepared'}`, or name their folder with --prepared")
         else: prepared = _prepared_from(lambda: SHARDS, runs/'prepared', preset, runs, device)
     torch.manual_seed(seed)  # of the first weights
     task = _make_task(stage, preset, runs, prepared, large, emoji, teacher, device)
@@ -428,12 +478,18 @@ def train(
     stage: str = typer.Argument('all', help=f"{', '.join(STAGES)}, or all of them."),
     preset: str = typer.Option('emoji', help='Name or .toml path.'),
     out: Optional[Path] = typer.Option(None, help='Folder of the run; default: runs/<preset>.'),
-    hours: Optional[float] = typer.Option(None, help='Time budget, shared by the stages that are trained; what is left of it is used when a run goes on.'),
-    prepared: Optional[Path] = typer.Option(None, help='Folder that `t2i prepare` wrote; default: the one in the run, made from the emoji if it is missing.'),
-    large: Optional[Path] = typer.Option(None, help='The same pictures at the size of the upsampler, prepared; default: the emoji, drawn into cache/emoji_256.'),
-    initial: Optional[Path] = typer.Option(None, help='Folder of weights to start from, with a new optimiser; default: random weights. A run that goes on has its own.'),
-    keep: bool = typer.Option(False, '--keep', help='With --initial, for text, translator and decoder: its answers stay as they are, but for composed pictures.'),
-    data: Optional[List[Path]] = typer.Option(None, help='Folder of your own pictures and captions: trains translator and decoder on them, from the weights that ship.'),
+    hours: Optional[float] = typer.Option(None, help='Time budget, shared by the stages that are trained; what is left of it is used when '
+                                                     'a run goes on.'),
+    prepared: Optional[Path] = typer.Option(None, help='Folder that `t2i prepare` wrote; default: the one in the run, made from the emoji '
+                                                       'if it is missing.'),
+    large: Optional[Path] = typer.Option(None, help='The same pictures at the size of the upsampler, prepared; default: the emoji, drawn '
+                                                    'into cache/emoji_256.'),
+    initial: Optional[Path] = typer.Option(None, help='Folder of weights to start from, with a new optimiser; default: random weights. A '
+                                                      'run that goes on has its own.'),
+    keep: bool = typer.Option(False, '--keep', help='With --initial, for text, translator and decoder: its answers stay as they are, but '
+                                                    'for composed pictures.'),
+    data: Optional[List[Path]] = typer.Option(None, help='Folder of your own pictures and captions: trains translator and decoder on them, '
+                                                         'from the weights that ship.'),
     scratch: bool = typer.Option(False, '--scratch', help='With --data: start from random weights.'),
     seed: int = typer.Option(0, **SEEDS, help='Of the first weights, the order of the pictures and the noise.'),
     device: Optional[str] = DEVICE,
@@ -446,18 +502,25 @@ def train(
     settings = load_preset(preset)
     _check_folder(out or Path('runs')/settings.name)
     if data:
-        if stage != 'all' or prepared or large or initial or keep: raise ValueError("--data trains translator and decoder on your pictures, from the weights that ship: leave out the stage, --prepared, --large, --initial and --keep")
+        if stage != 'all' or prepared or large or initial or keep:
+            raise ValueError("--data trains translator and decoder on your pictures, from the weights that ship: leave out the stage, "
+                             "--prepared, --large, --initial and --keep")
         if not out: raise ValueError("--data needs a folder for the new model: name it with --out")
         from t2i.own_data import train_on
-        return typer.echo(train_on(data, out, settings, *([hours] if hours else []), scratch=scratch, seed=seed, device=device, on_prepared=lambda report: _tell(report, out/'prepared')))
+        return typer.echo(train_on(data, out, settings, *([hours] if hours else []), scratch=scratch, seed=seed, device=device,
+                                   on_prepared=lambda report: _tell(report, out/'prepared')))
     if scratch: raise ValueError("--scratch is for your own pictures: without --data, training starts from random weights unless you give --initial")
     if keep and stage == 'all': raise ValueError("--keep is for one stage at a time: name it, such as text, translator or decoder")
-    if prepared and stage not in (*AFTER_CLIP, 'all'): raise ValueError(f"the {stage} learns from the emoji and not from {prepared}: leave --prepared out")
+    if prepared and stage not in (*AFTER_CLIP, 'all'):
+        raise ValueError(f"the {stage} learns from the emoji and not from {prepared}: leave --prepared out")
     if large and stage not in ('upsampler', 'all'): raise ValueError(f"the {stage} does not learn from {large}: leave --large out")
-    if prepared and stage == 'all' and 'clip' in settings.get('train', {}): raise ValueError(f"{prepared} holds embeddings of a CLIP that is there already, and 'all' would train another one first: name the stage, such as translator or decoder")
+    if prepared and stage == 'all' and 'clip' in settings.get('train', {}):
+        raise ValueError(f"{prepared} holds embeddings of a CLIP that is there already, and 'all' would train another one first: name the "
+                         f"stage, such as translator or decoder")
     wanted = {s: share for s, share in STAGES.items() if stage == s or stage == 'all' and s in settings.get('train', {})}
     runs, total = out or Path('runs')/settings.name, sum(wanted.values())
-    for each in wanted if initial else (): find_checkpoint(initial, 'clip' if each == 'text' else each)  # a missing one is told of before anything is trained
+    # a missing one is told of before anything is trained
+    for each in wanted if initial else (): find_checkpoint(initial, 'clip' if each == 'text' else each)
     for each, share in wanted.items():
         learned = _begun(runs, {'clip': ('text', *AFTER_CLIP), 'text': AFTER_CLIP}.get(each, ())) if stage == 'all' else []
         if learned: typer.echo(f"{runs/each} stays as it is, because {' and '.join(map(str, learned))} learned from it", err=True)
@@ -483,20 +546,27 @@ def pack(
     for stage in STAGES:
         if not (runs/stage/'weights.safetensors').exists(): continue
         tensors, metadata = load_weights(runs/stage/'weights.safetensors')
-        if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest(): raise ValueError(f"the {stage} in {runs/stage} learned from embeddings that were standardised with other statistics than {path}: name the folder that it was given with --prepared, and train all stages on one folder")
+        if statistics and metadata.get('statistics', statistics.digest()) != statistics.digest():
+            raise ValueError(f"the {stage} in {runs/stage} learned from embeddings that were standardised with other statistics than "
+                             f"{path}: name the folder that it was given with --prepared, and train all stages on one folder")
         written.append(save_weights(out/f"{'clip' if stage == 'text' else stage}.safetensors", tensors, metadata, torch.float16))
         for kind in ('log.csv', 'energy.json'):
             if (runs/stage/kind).exists():
                 with atomic_path(out/f'logs/{stage}_{kind}') as tmp: shutil.copyfile(runs/stage/kind, tmp)
     if statistics: written.append(statistics.save(out/'statistics.safetensors'))
     elif prepared: raise FileNotFoundError(f"there is no {path}: name the folder that the training was given with --prepared")
-    elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP): typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
+    elif not (out/'statistics.safetensors').exists() and any((runs/stage/'weights.safetensors').exists() for stage in AFTER_CLIP):
+        typer.echo(f"{out} has no statistics yet, and nothing can be drawn without: name the folder that the training was given with --prepared", err=True)
     if not written: raise FileNotFoundError(f"{runs} holds no trained weights: run `t2i train` first, or name the run's folder with --runs")
-    if (shipped := runs/'upsampler.safetensors').is_file() and out/shipped.name not in written: written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))  # of `train --data`, which trains none
+    # of `train --data`, which trains none
+    if (shipped := runs/'upsampler.safetensors').is_file() and out/shipped.name not in written:
+        written.append(save_weights(out/shipped.name, *load_weights(shipped), torch.float16))
     needed = ('decoder',) if statistics and not statistics.text else ('translator', 'decoder')
-    if lacking := [s for s in needed if not (out/f'{s}.safetensors').exists()]: typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
+    if lacking := [s for s in needed if not (out/f'{s}.safetensors').exists()]:
+        typer.echo(f"{out} has no {' and no '.join(lacking)} yet, because the run has trained none", err=True)
     known = 'model' in settings.clip or 'weights' in settings
-    if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass  # it is found by its name, or written already
+    # it is found by its name, or written already
+    if 'model' in settings.clip and not Path(settings.clip.weights).is_file() or _clip_weights(runs): pass
     elif known: written.append(_clip(settings, runs, 'cpu').save(out/'clip.safetensors', torch.float16))  # the run used one that it had not trained
     else: typer.echo(f"{out} has no CLIP yet: copy the clip.safetensors that the pictures were prepared with into it", err=True)
     save_config(out, settings)
@@ -526,7 +596,8 @@ def average(
 @_command()
 def figures(
     preset: Optional[str] = PRESET,
-    only: Optional[List[str]] = typer.Option(None, help="A number of the thesis, such as 5.10 or 'Table 5.1'; may be given several times. Default: all."),
+    only: Optional[List[str]] = typer.Option(None, help="A number of the thesis, such as 5.10 or 'Table 5.1'; may be given several times. "
+                                                        "Default: all."),
     out: Path = typer.Option(Path('figures'), help='Folder; the executed chapters are kept in it too. A relative one lies in the repository.'),
     folder: Optional[Path] = typer.Option(None, help='Weights other than those that ship: the checkpoints of `thesis`.'),
     data: Optional[Path] = typer.Option(None, help='Folder of MS-COCO, for `thesis`.'),
@@ -538,7 +609,9 @@ def figures(
     load_preset(preset)
     wanted = {number: exhibit(number) for number in only or EXHIBITS}
     notebooks = PACKAGE.parent/'nbs'
-    if not notebooks.is_dir(): raise FileNotFoundError(f"the chapters are notebooks of the repository and {notebooks} is not there: clone the repository and install it with pip install -e .")
+    if not notebooks.is_dir():
+        raise FileNotFoundError(f"the chapters are notebooks of the repository and {notebooks} is not there: clone the repository and "
+                                f"install it with pip install -e .")
     import papermill
     started, failed = time.time(), {}
     out = PACKAGE.parent/out
@@ -550,7 +623,9 @@ def figures(
         bar.set_postfix_str(chapter)
         known = papermill.inspect_notebook(str(notebooks/f'{chapter}.ipynb'))
         parameters = {k: str(v) for k, v in given.items() if v and k in known}
-        try: papermill.execute_notebook(str(notebooks/f'{chapter}.ipynb'), str(out/f'{chapter}.ipynb'), parameters, progress_bar=False, log_output=False)
+        try:
+            papermill.execute_notebook(str(notebooks/f'{chapter}.ipynb'), str(out/f'{chapter}.ipynb'), parameters, progress_bar=False,
+                                       log_output=False)
         except Exception as e: failed[chapter] = str(e).strip().splitlines()[-1]
     for number, e in wanted.items():
         path = exhibit_path(number, preset, out, e.suffixes[-1])

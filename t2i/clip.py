@@ -30,7 +30,8 @@ NOUN = (r"\w[\w'’-]*\b(?=\s*(?:$|[^\w\s'’-]|['’](?!\w)|(?:and|or|with|with
         rf"|(?:(?:{'|'.join(STYLES)})\b\s*)?(?:style|emoji)?\s*(?:$|[^\w\s'’-])))")  # an adjective is followed by another word
 
 
-SIGNS = r"(?<!\w)['’]|['’](?![\w-])|(?<!\d)[:–]|[:–](?!\d)|(?<!\bmrs)(?<!\.)\.(?![.\d])|(?<!\bon)!+"  # what captions have within things only: "two o'clock", "12:30", "Mrs. Claus", "ON!"
+# what captions have within things only: "two o'clock", "12:30", "Mrs. Claus", "ON!"
+SIGNS = r"(?<!\w)['’]|['’](?![\w-])|(?<!\d)[:–]|[:–](?!\d)|(?<!\bmrs)(?<!\.)\.(?![.\d])|(?<!\bon)!+"
 
 
 def _slip(a: str, b: str) -> bool:
@@ -95,7 +96,8 @@ class Vocabulary:
         def singular(found):
             if self.knows(word := found[0]): return word
             length = lambda w: len(self.tokenizer.encode(w))  # part of a word is more pieces than a word
-            known = [w for end, new in (('s', ''), ('es', ''), ('ies', 'y')) if word.endswith(end) and self.knows(w := word.removesuffix(end) + new) and length(w) <= length(word)]
+            known = [w for end, new in (('s', ''), ('es', ''), ('ies', 'y')) if word.endswith(end)
+                     and self.knows(w := word.removesuffix(end) + new) and length(w) <= length(word)]
             return min(known, key=length, default=word)
         caption = self.tokenizer.clean_fn(caption)
         if not caption.isascii(): caption = emoji_pattern().sub(name, caption.replace('\ufe0f', ''))  # the selector of coloured pictures
@@ -130,7 +132,8 @@ class Vocabulary:
             pieces = self.tokenizer.encode(self.spell(caption))
             room = self.context_length - 2
             if len(pieces) > room:
-                warnings.warn(f"a caption has {len(pieces)} word pieces and CLIP reads {room}: it is cut after {self.tokenizer.decode(pieces[:room]).strip()[-40:]!r}")
+                warnings.warn(f"a caption has {len(pieces)} word pieces and CLIP reads {room}: it is cut after "
+                              f"{self.tokenizer.decode(pieces[:room]).strip()[-40:]!r}")
             ids = [self.start, *(self.ids.get(p, self.unknown) for p in pieces[:room]), self.end]
             row[:len(ids)] = torch.tensor(ids)
         return out
@@ -166,7 +169,8 @@ def _find_clip(name: str, weights: str, tag: dict, folder) -> Path:
         if path.is_file(): return path
     if not tag:
         import open_clip
-        raise FileNotFoundError(f"there is no file {weights} and open_clip has no weights of that name for {name}: set clip.weights in the preset to the path of a file, or "
+        raise FileNotFoundError(f"there is no file {weights} and open_clip has no weights of that name for {name}: set clip.weights in the "
+                                f"preset to the path of a file, or "
                                 f"to one of {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'the tags of another model'}")
     try: return _download(tag)
     except (OSError, RuntimeError):
@@ -190,7 +194,8 @@ def _check_gelu(name: str, weights: str, built: bool, trained: bool):
     "Refuse weights that were trained with another GELU than the model is built with."
     if built == trained: return
     other = f'{name}-quickgelu' if trained else name.removesuffix('-quickgelu')
-    raise ValueError(f"the weights {weights} were trained with {'QuickGELU' if trained else 'GELU'} and {name} has {'QuickGELU' if built else 'GELU'}: set clip.model = {other!r} in the preset")
+    raise ValueError(f"the weights {weights} were trained with {'QuickGELU' if trained else 'GELU'} and {name} has "
+                     f"{'QuickGELU' if built else 'GELU'}: set clip.model = {other!r} in the preset")
 
 # %% ../nbs/lib/clip.ipynb #da2fff05
 class CLIP:
@@ -242,16 +247,19 @@ class CLIP:
         built = config.get('quick_gelu', False)
         _check_gelu(name, weights, built, tag.get('quick_gelu', False) if tag else metadata.get('torchscript', built))
         model = (open_clip.CustomTextCLIP if config.pop('custom_text', False) else open_clip.CLIP)(**config)
-        tensors = {k.removeprefix('module.'): v for k, v in tensors.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}  # OpenAI's archive has numbers too
+        # OpenAI's archive has numbers too
+        tensors = {k.removeprefix('module.'): v for k, v in tensors.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
         load_into(model, tensors, path, [('', 'clip.model')])
         return cls(model, open_clip.get_tokenizer(name), model.visual.image_size,
-                   metadata.get('mean') or tag.get('mean', open_clip.OPENAI_DATASET_MEAN), metadata.get('std') or tag.get('std', open_clip.OPENAI_DATASET_STD), device, name)
+                   metadata.get('mean') or tag.get('mean', open_clip.OPENAI_DATASET_MEAN),
+                   metadata.get('std') or tag.get('std', open_clip.OPENAI_DATASET_STD), device, name)
 
     @classmethod
     def load(cls, config: dict, path, device=None):
         "A small CLIP with the weights in `path`; its vocabulary is in the file's header."
         tensors, metadata = load_weights(path)
-        if 'pieces' not in metadata: raise ValueError(f"{path} is not one of t2i's CLIP files: its header has no vocabulary; train one with `t2i train clip`")
+        if 'pieces' not in metadata:
+            raise ValueError(f"{path} is not one of t2i's CLIP files: its header has no vocabulary; train one with `t2i train clip`")
         clip = cls.small(config, metadata['pieces'], device, keyword_concepts)
         load_into(clip.model, tensors, path)
         return clip
@@ -263,17 +271,22 @@ class CLIP:
         if 'model' in preset.clip:
             size = _model_config(preset.clip.model)['embed_dim']
             if size != preset.clip.embedding_size:
-                raise ValueError(f"CLIP {preset.clip.model} makes embeddings of {size} numbers and the preset {preset.name!r} expects {preset.clip.embedding_size}: "
+                raise ValueError(f"CLIP {preset.clip.model} makes embeddings of {size} numbers and the preset {preset.name!r} expects "
+                                 f"{preset.clip.embedding_size}: "
                                  f"set clip.embedding_size = {size}, and use a translator, a decoder and statistics that were made with this CLIP")
             return cls.pretrained(preset.clip.model, preset.clip.weights, device, folder)
         if folder or preset.get('weights'): return cls.load(preset.clip, Path(folder or ASSETS/preset.weights)/'clip.safetensors', device)
-        if 'weights' not in preset: raise FileNotFoundError(f"the preset {preset.name!r} ships no CLIP: name the folder that holds one (--folder), set weights = 'emoji' in the preset to use the one that ships, or train one with `t2i train clip`")
+        if 'weights' not in preset:
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no CLIP: name the folder that holds one (--folder), set weights = "
+                                    f"'emoji' in the preset to use the one that ships, or train one with `t2i train clip`")
         with fixed_seed(0):  # without weights: random ones, always the same
-            return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'], preset.clip.context_length).pieces, device)
+            return cls.small(preset.clip, Vocabulary.of(['a red apple, noto style', 'woman firefighter, medium skin tone'],
+                                                        preset.clip.context_length).pieces, device)
 
     def save(self, path, dtype=None) -> Path:
         "Write the weights, as `dtype` if one is given, and for a small CLIP its vocabulary, for another its normalisation, to a safetensors file that `from_preset` reads, if the preset's section clip says the same sizes or the same `model`."
-        metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {k: getattr(self, k).flatten().tolist() for k in ('mean', 'std')}
+        metadata = {'pieces': self.tokenize.pieces} if isinstance(self.tokenize, Vocabulary) else {k: getattr(self, k).flatten().tolist()
+            for k in ('mean', 'std')}
         return save_weights(path, self.model.state_dict(), metadata, dtype)
 
     # -- encoding -----------------------------------------------------------------------------------------------
@@ -287,7 +300,9 @@ class CLIP:
         return self.model.logit_scale.exp().item()
 
     def _check_mode(self):
-        if self.model.training: raise ValueError("the CLIP is in training mode, where embeddings depend on the rest of the batch or on chance: call clip.model.eval() first")
+        if self.model.training:
+            raise ValueError("the CLIP is in training mode, where embeddings depend on the rest of the batch or on chance: call "
+                             "clip.model.eval() first")
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         "float [N, 3, H, W] in [-1, 1] → raw embeddings [N, D]; gradients flow (CLIP guidance needs them)."
@@ -307,7 +322,8 @@ class CLIP:
         if isinstance(images, torch.Tensor): images = images.cpu().numpy()
         if getattr(images, 'ndim', 3) == 3: images = pil_pictures(images)
         elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
+            raise ValueError(f"the pictures are an array {list(images.shape)} of {images.dtype}: give PIL pictures or uint8 [N, H, W, 3]; "
+                             f"t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
         elif not len(images): raise ValueError("there are no pictures to encode: give at least one")
         elif images.shape[1] != images.shape[2]: images = [Image.fromarray(i) for i in images]  # they get white paper at their sides
         out = []
@@ -337,7 +353,8 @@ class CLIP:
         for i in range(0, len(captions), batch_size):
             tokens = self.tokenize(captions[i:i + batch_size]).to(self.device)
             n = len(tokens)
-            if n == 1: tokens = tokens.expand(2, -1)  # a product with one row is rounded in another way, and a caption should mean the same alone as among others
+            # a product with one row is rounded in another way, and a caption should mean the same alone as among others
+            if n == 1: tokens = tokens.expand(2, -1)
             with autocast(self.device): out.append(self.model.encode_text(tokens)[:n].float().cpu())
         out = torch.cat(out)
         return F.normalize(out, dim=-1) if normalize else out
@@ -440,7 +457,8 @@ def colour_recall(
 ) -> float:
     "The share of pictures for which the caption with the right colour has the highest cosine, among seven that differ in nothing else."
     images = clip.encode_images(emoji_pixels(table), normalize=True)
-    captions = clip.encode_captions([f"{coloured(name, colour)}, {style} style" for name, style in zip(table['name'], table['style']) for colour in COLOURS], normalize=True)
+    captions = clip.encode_captions([f"{coloured(name, colour)}, {style} style" for name, style in zip(table['name'], table['style'])
+                                     for colour in COLOURS], normalize=True)
     found = (images[:, None]*captions.view(len(table), len(COLOURS), -1)).sum(2).argmax(1)
     return float((np.array(list(COLOURS))[found.numpy()] == table.colour.values).mean())
 
@@ -465,7 +483,8 @@ class TextTask(ClipTask):
         table, self.validation = decodable(load_emoji('train')), decodable(load_emoji('validation'))
         self.pairs = pairs(table, table.keywords)
         tables = {name: load_emoji('train', folder=folder) for name, folder in (invented or {}).items()}
-        self.invented = {name: pairs(table, [[]]*len(table)) for name, table in tables.items()}  # keywords tell neither the colour nor the second thing
+        # keywords tell neither the colour nor the second thing
+        self.invented = {name: pairs(table, [[]]*len(table)) for name, table in tables.items()}
         self.shades = recoloured(self.validation)
         self.composed = load_emoji('validation', folder=invented['composed']) if 'composed' in self.invented else None
         self.model.visual.requires_grad_(False)
@@ -512,12 +531,14 @@ def paraphrase_recall(clip: CLIP, table, k: int = 10) -> pd.DataFrame:
     words = table.drop_duplicates('concept').explode('keywords').dropna(subset=['keywords'])
     words = words[[is_test_keyword(c, w) and c != w for c, w in zip(words.concept, words.keywords)]]
     pictures = clip.encode_images(emoji_pixels(table), normalize=True)
-    words_alone = Vocabulary(clip.tokenize.pieces, clip.tokenize.context_length) if isinstance(clip.tokenize, Vocabulary) else clip.tokenize  # what it has learned, without looking anything up
+    # what it has learned, without looking anything up
+    words_alone = Vocabulary(clip.tokenize.pieces, clip.tokenize.context_length) if isinstance(clip.tokenize, Vocabulary) else clip.tokenize
     captions = CLIP(clip.model, words_alone, clip.image_size, device=clip.device).encode_captions([f'a {w}' for w in words.keywords], normalize=True)
     nearest = (captions@pictures.T).topk(k, 1).indices.numpy()
     has = np.array([[w in known for known in table.keywords] for w in words.keywords])
     unsaid = np.array([[h and is_test_keyword(c, w) for h, c in zip(row, table.concept)] for row, w in zip(has, words.keywords)])
     def found(right): return np.take_along_axis(right, nearest, 1).any(1)
     def by_chance(right): return 1 - (1 - right.mean(1))**k
-    return pd.DataFrame({'concept': words.concept.values, 'keyword': words.keywords.values, 'pictures': has.sum(1), 'found': found(has), 'by chance': by_chance(has),
+    return pd.DataFrame({'concept': words.concept.values, 'keyword': words.keywords.values, 'pictures': has.sum(1), 'found': found(has),
+                         'by chance': by_chance(has),
                          'unsaid found': found(unsaid), 'unsaid by chance': by_chance(unsaid)})

@@ -29,7 +29,9 @@ def rank_of(
     return 1 + ahead.sum(1)
 
 # %% ../nbs/06_clip_algebra.ipynb #28791a10
-RULES = [  # (relation, column, a pattern in the derived emoji, what stands there in its partner); a group in the pattern makes a relation of its own of each value
+# (relation, column, a pattern in the derived emoji, what stands there in its partner); a group in the pattern makes a relation of its own
+# of each value
+RULES = [
     ('gender', 'codepoints', '1F469', '1F468'),
     ('gender', 'codepoints', '2640', '2642'),
     ('skin tone', 'codepoints', '-(1F3F[B-F])', ''),
@@ -66,15 +68,22 @@ def analogies(
 # %% ../nbs/06_clip_algebra.ipynb #01e5d6ff
 JOINER = '-200D-'
 COMPOSED = {  # a + b = c
-    'weather': 'sun + cloud = sun behind cloud; cloud + high voltage = cloud with lightning; cloud + droplet = cloud with rain; cloud + snowflake = cloud with snow; '
-               'sun behind cloud + droplet = sun behind rain cloud; umbrella + droplet = umbrella with rain drops; snowman without snow + snowflake = snowman; '
+    'weather': 'sun + cloud = sun behind cloud; cloud + high voltage = cloud with lightning; cloud + droplet = cloud with rain; cloud + '
+               'snowflake = cloud with snow; '
+               'sun behind cloud + droplet = sun behind rain cloud; umbrella + droplet = umbrella with rain drops; snowman without snow + '
+               'snowflake = snowman; '
                'sun + mountain = sunrise over mountains; cityscape + star = night with stars',
-    'hearts': 'red heart + ribbon = heart with ribbon; red heart + bow and arrow = heart with arrow; red heart + sparkles = sparkling heart; envelope + red heart = love letter; '
-              'kissing face + red heart = face blowing a kiss; smiling face + red heart = smiling face with hearts; grinning face + red heart = smiling face with heart-eyes',
-    'faces': 'smiling face + sunglasses = smiling face with sunglasses; grinning face + glasses = nerd face; grinning face + star = star-struck; grinning face + party popper = partying face; '
-             'grinning face + dollar banknote = money-mouth face; neutral face + thermometer = face with thermometer; frowning face + adhesive bandage = face with head-bandage; '
+    'hearts': 'red heart + ribbon = heart with ribbon; red heart + bow and arrow = heart with arrow; red heart + sparkles = sparkling '
+              'heart; envelope + red heart = love letter; '
+              'kissing face + red heart = face blowing a kiss; smiling face + red heart = smiling face with hearts; grinning face + red '
+              'heart = smiling face with heart-eyes',
+    'faces': 'smiling face + sunglasses = smiling face with sunglasses; grinning face + glasses = nerd face; grinning face + star = '
+             'star-struck; grinning face + party popper = partying face; '
+             'grinning face + dollar banknote = money-mouth face; neutral face + thermometer = face with thermometer; frowning face + '
+             'adhesive bandage = face with head-bandage; '
              'astonished face + collision = exploding head; neutral face + ZZZ = sleeping face; neutral face + snowflake = cold face',
-    'signs': 'bell + prohibited = bell with slash; cigarette + prohibited = no smoking; bicycle + prohibited = no bicycles; mobile phone + prohibited = no mobile phones; '
+    'signs': 'bell + prohibited = bell with slash; cigarette + prohibited = no smoking; bicycle + prohibited = no bicycles; mobile phone + '
+             'prohibited = no mobile phones; '
              'person walking + prohibited = no pedestrians; potable water + prohibited = non-potable water',
     'things': 'locked + key = locked with key; locked + pen = locked with pen; hammer + wrench = hammer and wrench; hammer + pick = hammer and pick; '
               'house + deciduous tree = house with garden; dollar banknote + wing = money with wings; camera + high voltage = camera with flash',
@@ -90,7 +99,8 @@ def compositions(
     for style, part in table.groupby('style', sort=False):
         codes, names = (dict(zip(part[column], part.index)) for column in ('codepoints', 'name'))
         rows += [('joined by Unicode', style, *(codes.get(c) for c in code.split(JOINER)), codes[code]) for code in codes if code.count(JOINER) == 1]
-        rows += [('cat faces', style, names.get('cat face'), names.get(re.sub(r'\bcat\b', 'face', name)), names[name]) for name in names if re.search(r'\bcat\b', name)]
+        rows += [('cat faces', style, names.get('cat face'), names.get(re.sub(r'\bcat\b', 'face', name)), names[name]) for name in names
+                 if re.search(r'\bcat\b', name)]
         rows += [(relation, style, *map(names.get, members)) for relation, *members in listed]
     members = ['a', 'b', 'c']
     table = pd.DataFrame(rows, columns=['relation', 'style', *members]).dropna().astype(dict.fromkeys(members, int))
@@ -132,4 +142,5 @@ def hit_rates(
     codes, names = pd.factorize(np.asarray(list(clusters)))
     hits, sizes = np.bincount(codes, ranks == 1), np.bincount(codes)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1/len(names)), resamples)
-    return {'n': len(ranks), 'concepts': len(names), 'hits@1': (ranks == 1).mean(), '±': (drawn@hits/(drawn@sizes)).std(), 'hits@5': (ranks <= 5).mean(), 'median rank': np.median(ranks)}
+    return {'n': len(ranks), 'concepts': len(names), 'hits@1': (ranks == 1).mean(), '±': (drawn@hits/(drawn@sizes)).std(),
+            'hits@5': (ranks <= 5).mean(), 'median rank': np.median(ranks)}

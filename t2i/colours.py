@@ -23,10 +23,14 @@ def turn_hue(
     with torch.autocast(x.device.type, enabled=False): return torch.einsum('nij,njhw->nihw', turn, x).clamp(-1, 1)
 
 # %% ../nbs/lib/colours.ipynb #abaf92a1
-COLOURS = {'red': (345, 375), 'orange': (15, 42), 'yellow': (42, 68), 'green': (68, 165), 'blue': (165, 258), 'purple': (258, 300), 'pink': (300, 345)}  # hues from, to, in degrees
+# hues from, to, in degrees
+COLOURS = {'red': (345, 375), 'orange': (15, 42), 'yellow': (42, 68), 'green': (68, 165), 'blue': (165, 258), 'purple': (258, 300),
+           'pink': (300, 345)}
 
-SHADES = {'golden': 'yellow', 'beige': 'brown', 'khaki': 'brown', 'maroon': 'red', 'crimson': 'red', 'scarlet': 'red', 'salmon': 'pink', 'magenta': 'pink', 'fuchsia': 'pink', 'violet': 'purple', 'mauve': 'purple',
-          'navy': 'blue', 'azure': 'blue', 'turquoise': 'blue', 'teal': 'green', 'emerald': 'green', 'silver': 'grey', 'ivory': 'white'}  # adjectives that no caption of the emoji has → the colour nearest to them
+SHADES = {'golden': 'yellow', 'beige': 'brown', 'khaki': 'brown', 'maroon': 'red', 'crimson': 'red', 'scarlet': 'red', 'salmon': 'pink',
+          'magenta': 'pink', 'fuchsia': 'pink', 'violet': 'purple', 'mauve': 'purple',
+          # adjectives that no caption of the emoji has → the colour nearest to them
+          'navy': 'blue', 'azure': 'blue', 'turquoise': 'blue', 'teal': 'green', 'emerald': 'green', 'silver': 'grey', 'ivory': 'white'}
 
 
 def colour_name(hue: float) -> 'str | None':

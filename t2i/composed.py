@@ -30,7 +30,8 @@ def cut_out(
     paper[[0, -1]] = paper[:, [0, -1]] = True
     while not np.array_equal(paper, before):  # it grows into the white beside it, pixel by pixel
         before = paper.copy()
-        for to, of in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:])): paper[to] |= before[of]
+        for to, of in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:])):
+            paper[to] |= before[of]
         paper &= white
     shown = np.uint8(255)*~paper[1:-1, 1:-1]
     box = Image.fromarray(shown).getbbox()
@@ -76,13 +77,20 @@ def put_together(
 # %% ../nbs/lib/composed.ipynb #3c5b75af
 GLASSES = ['sunglasses', 'glasses', 'goggles']
 HATS = ['top hat', 'crown', "woman's hat", 'billed cap', 'graduation cap', "rescue worker's helmet", 'ribbon', 'military helmet']
-ANIMALS = {'bear', 'panda', 'koala', 'fox', 'frog', 'lion', 'wolf', 'unicorn', 'hamster', 'raccoon', 'hedgehog', 'polar bear'}  # whose emoji are heads
-HEADS = {'skull', 'alien', 'alien monster', 'robot', 'ghost', 'jack-o-lantern', 'ogre', 'goblin', 'sun with face', 'full moon face', 'new moon face', 'first quarter moon face', 'last quarter moon face',
+# whose emoji are heads
+ANIMALS = {'bear', 'panda', 'koala', 'fox', 'frog', 'lion', 'wolf', 'unicorn', 'hamster', 'raccoon', 'hedgehog', 'polar bear'}
+HEADS = {'skull', 'alien', 'alien monster', 'robot', 'ghost', 'jack-o-lantern', 'ogre', 'goblin', 'sun with face', 'full moon face',
+         'new moon face', 'first quarter moon face', 'last quarter moon face',
          'baby', 'boy', 'girl', 'child', 'man', 'woman', 'person', 'old man', 'old woman', 'older person', 'snowman without snow'}
-FACES = {'face-smiling', 'face-affection', 'face-tongue', 'face-hand', 'face-neutral-skeptical', 'face-sleepy', 'face-unwell', 'face-concerned', 'face-negative', 'cat-face', 'monkey-face'}  # subgroups, as the next ones
-SMALL = {'heart', 'emotion', 'food-fruit', 'food-sweet', 'drink', 'plant-flower', 'sport', 'musical-instrument', 'tool', 'event', 'award-medal', 'animal-bug', 'sky-weather'}
-THINGS = SMALL | {'food-vegetable', 'food-prepared', 'animal-mammal', 'animal-bird', 'animal-marine', 'animal-reptile', 'animal-amphibian', 'plant-other', 'game', 'arts-crafts', 'clothing', 'music', 'transport-ground',
-                  'transport-air', 'transport-water', 'household', 'light-video', 'book-paper', 'phone', 'computer', 'place-building', 'place-other', 'office', 'lock', 'mail', 'money'}
+# subgroups, as the next ones
+FACES = {'face-smiling', 'face-affection', 'face-tongue', 'face-hand', 'face-neutral-skeptical', 'face-sleepy', 'face-unwell',
+         'face-concerned', 'face-negative', 'cat-face', 'monkey-face'}
+SMALL = {'heart', 'emotion', 'food-fruit', 'food-sweet', 'drink', 'plant-flower', 'sport', 'musical-instrument', 'tool', 'event',
+         'award-medal', 'animal-bug', 'sky-weather'}
+THINGS = SMALL | {'food-vegetable', 'food-prepared', 'animal-mammal', 'animal-bird', 'animal-marine', 'animal-reptile', 'animal-amphibian',
+                  'plant-other', 'game', 'arts-crafts', 'clothing', 'music', 'transport-ground',
+                  'transport-air', 'transport-water', 'household', 'light-video', 'book-paper', 'phone', 'computer', 'place-building',
+                  'place-other', 'office', 'lock', 'mail', 'money'}
 WEARS = 'hat|sunglasses|glasses|nerd|monocle|mask|partying|crown|turban|cap'  # in the names of faces that wear something already
 
 
@@ -125,7 +133,8 @@ def composed(
         way = ['eyes', 'head', 'corner', 'side'][np.searchsorted([0.3, 0.55, 0.85], rng.random())]
         a = pick(faces if way in ('eyes', 'head') else things)
         if a is None: continue
-        b = worn.get((a.style, pick(GLASSES if way == 'eyes' else HATS))) if way in ('eyes', 'head') else pick((small if way == 'corner' else beside).get(a.style))
+        b = worn.get((a.style, pick(GLASSES if way == 'eyes' else HATS))) if way in ('eyes',
+            'head') else pick((small if way == 'corner' else beside).get(a.style))
         if b is None or a.concept == b.concept or asked(a.name, b.name): continue
         if not cut_once(a) or not cut_once(b): continue
         low = way == 'eyes' and (a.subgroup in ('cat-face', 'monkey-face', 'animal-mammal') or a.name in ANIMALS)
@@ -137,7 +146,9 @@ def composed(
         if keywords:
             keyword, link = pick(keywords), joined if way == 'side' else pick(['with', 'wearing', 'with a'])
             if not asked(keyword, b.name): captions[-1] = f'{keyword} {link} {b.name}, {a.style} style'  # a tiger's keyword is "cat"
-        rows.append({**{c: getattr(a, c) for c in table.columns}, 'key': f'{a.key}/{way}/{b.name}/{seed}-{len(rows)}', 'image': webp(picture, 0), 'name': name, 'concept': name, 'captions': captions, 'caption': captions[0], 'way': way, 'keywords': []})
+        rows.append({**{c: getattr(a, c) for c in table.columns}, 'key': f'{a.key}/{way}/{b.name}/{seed}-{len(rows)}',
+                     'image': webp(picture, 0), 'name': name, 'concept': name, 'captions': captions, 'caption': captions[0], 'way': way,
+                     'keywords': []})
     return pd.DataFrame(rows)
 
 # %% ../nbs/lib/composed.ipynb #b77ea237
@@ -151,6 +162,7 @@ def composed_emoji(
     def make():
         emoji = decodable(load_emoji())
         training, validation = (emoji[emoji['split'] == split] for split in ('train', 'validation'))
-        parts = [composed(training, training, min(PART, PICTURES - made), seed) for seed, made in enumerate(trange(0, PICTURES, PART, desc='composing'))]
+        parts = [composed(training, training, min(PART, PICTURES - made), seed)
+                 for seed, made in enumerate(trange(0, PICTURES, PART, desc='composing'))]
         return pd.concat([*parts, composed(validation, training, HELD_OUT, len(parts))])
     return write_once(out, make)

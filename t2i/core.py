@@ -44,7 +44,9 @@ class Preset(dict):
     "A nested dictionary with attribute access: `preset.decoder.model_channels`."
     def __getattr__(self, key):
         try: return self[key]
-        except KeyError: raise MissingKey(f"{f'the preset {self.name!r}' if 'name' in self else 'a section of the preset'} has no {key!r}, only {', '.join(self)}: add it, as the presets of the package have it") from None
+        except KeyError:
+            raise MissingKey(f"{f'the preset {self.name!r}' if 'name' in self else 'a section of the preset'} has no {key!r}, only "
+                             f"{', '.join(self)}: add it, as the presets of the package have it") from None
 
     def __setattr__(self, key, value): self[key] = self.nest(value) if isinstance(value, dict) else value
 
@@ -77,8 +79,11 @@ def load_preset(
 
 
 NETWORKS = 'decoder', 'upsampler', 'classifier'  # sections that set up a U-Net
-MORE_KEYS = dict.fromkeys(('diffusion.robust', 'decoder.scale_shift', 'decoder.rescale_attention', 'decoder.linear_projection'), 'true or false') | {'upsampler.sampling.label': 'a whole number'}  # in none of the package's presets
-COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'context_length', 'model_channels', 'channel_mult', 'num_res_blocks', 'num_head_channels', 'num_heads', 'pixel_unshuffle', 'seam_unshuffle', 'width', 'expansion'}
+# in none of the package's presets
+MORE_KEYS = dict.fromkeys(('diffusion.robust', 'decoder.scale_shift', 'decoder.rescale_attention', 'decoder.linear_projection'),
+                          'true or false') | {'upsampler.sampling.label': 'a whole number'}
+COUNTS = {'batch_size', 'steps', 'timesteps', 'image_size', 'embedding_size', 'context_length', 'model_channels', 'channel_mult',
+          'num_res_blocks', 'num_head_channels', 'num_heads', 'pixel_unshuffle', 'seam_unshuffle', 'width', 'expansion'}
 SHARES = {'drop', 'dropout', 'mirror', 'augment', 'recoloured', 'composed', 'redrawn', 'share'}
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', list: 'a list', dict: 'a section', object: 'a date'}
 
@@ -102,32 +107,40 @@ def _check_preset(path, read):
         known.setdefault(section, {}).setdefault(key, set()).add(kind)
     for name, value in flat(read).items():
         section, _, key = name.rpartition('.')
-        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish')) else [s for s in known if s.startswith('train.')] if section.startswith('train.') else []
+        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion',
+            '.finish')) else [s for s in known if s.startswith('train.')] if section.startswith('train.') else []
         alike = [known.get(s, {}) for s in {section, *others}]
         keys, kinds = set().union(*alike), set().union(*(s.get(key, ()) for s in alike))
         if 'a number' in kinds: kinds.add('a whole number')
         if not kinds and not section.startswith(('clip.', 'train.')):  # open_clip knows its own keys, `make_config` those of a training
             what = f'in [{section}] the key' if section else 'a section' if isinstance(value, dict) else 'a key'
-            raise ValueError(f"{path} has {what} {key!r}, which no preset of the package has: use one of {', '.join(difflib.get_close_matches(key, keys, 3) or sorted(keys))}")
+            raise ValueError(f"{path} has {what} {key!r}, which no preset of the package has: use one of "
+                             f"{', '.join(difflib.get_close_matches(key, keys, 3) or sorted(keys))}")
         if kinds and _kind(value) not in kinds: raise ValueError(f"in {path}, {name} is {value!r}: it should be {' or '.join(sorted(kinds))}")
-        if key in SHARES and not (isinstance(value, (int, float)) and 0 <= value <= 1): raise ValueError(f"in {path}, {name} is {value!r}: it is a share, from 0 to 1")
-        if key in COUNTS and any(isinstance(v, (int, float)) and v < 1 for v in (value if isinstance(value, list) else [value])): raise ValueError(f"in {path}, {name} is {value!r}: it must be at least 1")
+        if key in SHARES and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ValueError(f"in {path}, {name} is {value!r}: it is a share, from 0 to 1")
+        if key in COUNTS and any(isinstance(v, (int, float)) and v < 1 for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"in {path}, {name} is {value!r}: it must be at least 1")
 
 # %% ../nbs/00_core.ipynb #246e9cf5
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
     "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have, or that torch has no kernels for."
     chosen, n = device is None, torch.cuda.device_count()
     try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except (RuntimeError, TypeError): raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
-    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))  # of several processes each has its own
+    except (RuntimeError, TypeError):
+        raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
+    # of several processes each has its own
+    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if device.type == 'cuda' and device.index >= n:
-        raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA GPU here: take device='cpu', "
+        raise ValueError(f"the device {str(device)!r} was asked for and torch {torch.__version__} finds {f'only {n}' if n else 'no'} CUDA "
+                         f"GPU here: take device='cpu', "
                          "or see that nvidia-smi lists the GPU and that torch is built for its driver")
     if device.type == 'cuda' and (reason := _lacks_kernels(device)):
         if not chosen: raise ValueError(f"{reason}, or take device='cpu'")
         warnings.warn(f"{reason}; until then the CPU is used")
         return torch.device('cpu')
-    if device.type == 'cuda' and os.environ.get('T2I_PRECISION') == 'float32': torch.backends.cudnn.allow_tf32 = False  # all the bits that were asked for
+    # all the bits that were asked for
+    if device.type == 'cuda' and os.environ.get('T2I_PRECISION') == 'float32': torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -137,8 +150,10 @@ def _lacks_kernels(device) -> 'str | None':
     major, minor = torch.cuda.get_device_capability(device) if kernels else (0, 0)  # AMD's are named otherwise
     if not kernels or any((m == major and n <= minor) if kind == 'sm' else (m, n) <= (major, minor) for kind, m, n in kernels): return None
     old = (major, minor) < min((m, n) for _, m, n in kernels)
-    return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (sm_{major}{minor}; it has {', '.join(torch.cuda.get_arch_list())}): install "
-            + ("one that was built with CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)" if old else "a newer one (pip install --upgrade torch)"))
+    return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (sm_{major}{minor}; it has "
+            f"{', '.join(torch.cuda.get_arch_list())}): install "
+            + ("one that was built with CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)" if old
+               else "a newer one (pip install --upgrade torch)"))
 
 
 @contextlib.contextmanager
@@ -169,7 +184,9 @@ def uses_bfloat16(device) -> bool:
 
     Raises `ValueError` if it says something else."""
     wanted = os.environ.get('T2I_PRECISION', '')
-    if wanted not in ('', 'float32', 'bfloat16'): raise ValueError(f"the environment variable T2I_PRECISION is {wanted!r}: set it to 'float32' or 'bfloat16', or unset it for what the hardware is best at")
+    if wanted not in ('', 'float32', 'bfloat16'):
+        raise ValueError(f"the environment variable T2I_PRECISION is {wanted!r}: set it to 'float32' or 'bfloat16', or unset it for what "
+                         f"the hardware is best at")
     if wanted: return wanted == 'bfloat16'
     if torch.device(device).type == 'cuda':
         with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)  # it asks the current GPU
@@ -187,7 +204,8 @@ def process_state(device):
     atexit.unregister(_leave)
     atexit.register(_leave)
     device = torch.device(device)
-    if device.type == 'cuda' and int(os.environ.get('WORLD_SIZE', 1)) == 1: torch.cuda.set_device(device)  # of several processes accelerate gives each its own
+    # of several processes accelerate gives each its own
+    if device.type == 'cuda' and int(os.environ.get('WORLD_SIZE', 1)) == 1: torch.cuda.set_device(device)
     joined, state = torch.distributed.is_initialized(), PartialState(cpu=device.type == 'cpu')
     if not joined: state.wait_for_everyone()  # one that is still joining would not survive that another, with nothing to do, leaves
     return state
@@ -207,7 +225,8 @@ def keep_freed_memory():
     "Let this process keep freed memory for its next tensor. Only glibc has the switch; elsewhere nothing happens."
     if not sys.platform.startswith('linux'): return
     mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), 'mallopt', None), -1, -3  # names of malloc.h
-    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)): mallopt(trim_threshold, 2**31 - 1)  # an older one takes 32 MB at most
+    # an older one takes 32 MB at most
+    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)): mallopt(trim_threshold, 2**31 - 1)
 
 keep_freed_memory()
 
@@ -256,7 +275,8 @@ def randn(
 ) -> torch.Tensor:
     "Standard normal noise of shape [n, *shape], one generator per image."
     noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators])
-    return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)  # a GPU fetches it while it computes
+    # a GPU fetches it while it computes
+    return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else noise.to(device)
 
 
 def rand(generators: list) -> torch.Tensor:
@@ -300,7 +320,8 @@ def as_tensor(x) -> torch.Tensor:
 def from_uint8(images) -> torch.Tensor:
     "uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1]."
     images = as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise ValueError(f"the images are {images.dtype} {list(images.shape)}: give uint8 [N, H, W, 3]")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"the images are {images.dtype} {list(images.shape)}: give uint8 [N, H, W, 3]")
     return images.permute(0, 3, 1, 2).float()/127.5 - 1
 
 
@@ -323,9 +344,12 @@ def pil_pictures(
     "PIL pictures as a list of at least one; a `ValueError` if they are something else, such as paths."
     one = isinstance(images, (Image.Image, str, Path, type(None))) or getattr(images, 'ndim', 4) == 3
     images = list(map(_from_array, [images] if one else images))
-    wrong = {f"{'×'.join(map(str, i.shape))} of {i.dtype}" if isinstance(i, (np.ndarray, torch.Tensor)) else 'a picture of floating-point numbers' if getattr(i, 'mode', '') == 'F' else type(i).__name__
+    wrong = {f"{'×'.join(map(str, i.shape))} of {i.dtype}" if isinstance(i, (np.ndarray, torch.Tensor))
+             else 'a picture of floating-point numbers' if getattr(i, 'mode', '') == 'F' else type(i).__name__
              for i in images if not isinstance(i, Image.Image) or i.mode == 'F'}
-    if wrong or not images: raise ValueError(f"{name} holds {' and '.join(sorted(wrong)) or 'nothing'} and should hold PIL pictures or arrays [H, W, 3] of uint8: open a file with PIL.Image.open(path), make a picture of another array with PIL.Image.fromarray")
+    if wrong or not images:
+        raise ValueError(f"{name} holds {' and '.join(sorted(wrong)) or 'nothing'} and should hold PIL pictures or arrays [H, W, 3] of "
+                         f"uint8: open a file with PIL.Image.open(path), make a picture of another array with PIL.Image.fromarray")
     return images
 
 
@@ -370,7 +394,8 @@ def save_json(path, value) -> Path:
 def _file_type(path: Path) -> str:
     "The ending of a file of weights, '.safetensors', '.pt' or '.npy'."
     kind = {'.pth': '.pt', '.bin': '.pt'}.get(path.suffix, path.suffix)
-    if kind not in ('.safetensors', '.pt', '.npy'): raise ValueError(f"{path} is no file of weights by its ending: use .safetensors, .pt, or .npy for a single array")
+    if kind not in ('.safetensors', '.pt', '.npy'):
+        raise ValueError(f"{path} is no file of weights by its ending: use .safetensors, .pt, or .npy for a single array")
     return kind
 
 
@@ -392,7 +417,8 @@ def save_weights(
     path = Path(path)
     kind = _file_type(path)
     stored = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in tensors.items()}
-    if kind == '.npy' and len(stored) != 1: raise ValueError(f"{path} can hold one array and was given {len(stored)} tensors: use .safetensors or .pt")
+    if kind == '.npy' and len(stored) != 1:
+        raise ValueError(f"{path} can hold one array and was given {len(stored)} tensors: use .safetensors or .pt")
     with atomic_path(path) as tmp:
         if kind == '.safetensors': _save_safetensors(tmp, stored, {'t2i': json.dumps(metadata or {})})
         elif kind == '.pt': torch.save(stored, tmp)
@@ -413,7 +439,9 @@ def _read_safetensors(path):
 def _read_npy(path):
     try: array = np.load(path, allow_pickle=False)
     except ValueError as e:
-        if 'Object arrays' in str(e): raise _Refused(f"{path} was not read: it holds Python objects instead of numbers, and reading those can run any code; get it from its authors again") from None
+        if 'Object arrays' in str(e):
+            raise _Refused(f"{path} was not read: it holds Python objects instead of numbers, and reading those can run any code; get it "
+                           f"from its authors again") from None
         raise
     return {path.stem: torch.from_numpy(array)}, {}
 
@@ -426,23 +454,30 @@ def _is_torchscript(path) -> bool:
 
 def _runs_when_loaded(path) -> bool:
     "Whether a TorchScript archive brings a method `__setstate__`: the only code of such a file that is run before somebody calls it."
-    with zipfile.ZipFile(path) as archive: return any(b'__setstate__' in archive.read(part) for part in archive.infolist() if '/code/' in part.filename.lower())  # PyTorch finds its members whatever their case
+    # PyTorch finds its members whatever their case
+    with zipfile.ZipFile(path) as archive:
+        return any(b'__setstate__' in archive.read(part) for part in archive.infolist() if '/code/' in part.filename.lower())
 
 
 def _read_torch(path):
     "A state dict; that of a TorchScript archive; or the one in a training checkpoint's 'state_dict'."
     if _is_torchscript(path):
-        if _runs_when_loaded(path): raise _Refused(f"{path} was not read: it is a TorchScript archive with code that runs as soon as it is loaded; get it from its authors again, or save the model's state_dict() where you trust it")
+        if _runs_when_loaded(path):
+            raise _Refused(f"{path} was not read: it is a TorchScript archive with code that runs as soon as it is loaded; get it from its "
+                           f"authors again, or save the model's state_dict() where you trust it")
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)  # TorchScript is on its way out; the files remain
             return dict(torch.jit.load(path, map_location='cpu').state_dict()), {'torchscript': True}
     try: loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         wanted = re.search(r'GLOBAL (\S+)', str(e))
-        if wanted: raise _Refused(f"{path} was not read: besides tensors it asks for {wanted[1]}, and such a file can run any code; get it from its authors again, or save the model's state_dict() where you trust it") from None
+        if wanted:
+            raise _Refused(f"{path} was not read: besides tensors it asks for {wanted[1]}, and such a file can run any code; get it from "
+                           f"its authors again, or save the model's state_dict() where you trust it") from None
         raise
     tensors = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {'': loaded}
-    if not all(isinstance(v, torch.Tensor) for v in tensors.values()): raise _Refused(f"{path} holds no state dict (name → tensor): save the model's state_dict()")
+    if not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        raise _Refused(f"{path} holds no state dict (name → tensor): save the model's state_dict()")
     return tensors, {}
 
 
@@ -453,7 +488,8 @@ def load_weights(
     "→ (tensors by name, and the metadata). Nothing in the file is run. A missing or damaged file, or a pickle that wants more than tensors, is told in one sentence."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} are missing: correct the path, reinstall the package for the shipped ones, or train them with `t2i train`")
+        raise FileNotFoundError(f"the weights {path} are missing: correct the path, reinstall the package for the shipped ones, or train "
+                                f"them with `t2i train`")
     read = {'.safetensors': _read_safetensors, '.pt': _read_torch, '.npy': _read_npy}[_file_type(path)]
     try: tensors, metadata = read(path)
     except _Refused: raise
@@ -467,9 +503,12 @@ def check_learned(
     metadata: dict,  # of the weights
     learned: dict,  # of the preset's process, see `Diffusion`
 ):
-    "Refuse weights that were trained with another process, as far as their metadata say so."
+    "Refuse weights that were trained with another process, as far as their metadata say so. Where ours name the target alone, the rest is `Diffusion`'s default."
+    if 'target' in metadata: metadata = {'schedule': 'cosine', 'timesteps': 1000} | metadata
     for key, now in learned.items():
-        if (was := metadata.get(key, now)) != now: raise ValueError(f"{source} is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key} in its [diffusion] to {was!r}, or take other weights")
+        if (was := metadata.get(key, now)) != now:
+            raise ValueError(f"{source} is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key} in "
+                             f"its [diffusion] to {was!r}, or take other weights")
 
 
 def load_into(
@@ -481,7 +520,8 @@ def load_into(
     "Load `tensors` strictly; a mismatch names the file, the first wrong tensor, both shapes and the preset's key to change."
     own = module.state_dict()
     if tensors and not own.keys() & tensors.keys():
-        raise ValueError(f"{source} is the file of another model: it has {next(iter(tensors))!r} and none of the names that are expected, such as {next(iter(own))!r}")
+        raise ValueError(f"{source} is the file of another model: it has {next(iter(tensors))!r} and none of the names that are expected, "
+                         f"such as {next(iter(own))!r}")
     shape = lambda state, key: f"of shape {list(state[key].shape)}" if key in state else "missing"
     for key in {**own, **tensors}:  # in the order of the model
         if key in tensors and key in own and tensors[key].shape == own[key].shape: continue
@@ -581,9 +621,9 @@ def table_markdown(
     table,  # a pandas DataFrame; its index is left out
     right: bool = False,  # all columns but the first are aligned to the right
 ) -> str:
-    "A table in Markdown."
+    "A table in Markdown, in which text is easier to read than in the frame's own display."
     rows = [table.columns, ['---'] + ['--:' if right else '---']*(len(table.columns) - 1), *table.itertuples(index=False)]
-    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
+    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', r'\|') for cell in row) + ' |' for row in rows)
 
 
 def save_table(

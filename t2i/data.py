@@ -61,8 +61,11 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=f'.{folder.name}.') as own:  # several processes may be here at once
         done = subprocess.run([npm, 'pack', '--silent', f'{package}@{version}'], cwd=own, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"npm could not download {package}@{version} ({done.stderr.strip().splitlines()[-1:] or 'no answer'}): check the network, or use the shards that ship with t2i")
-        with tarfile.open(Path(own)/done.stdout.strip().splitlines()[-1]) as tar: tar.extractall(own, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))  # Debian 12's Python knows no filters
+            raise RuntimeError(f"npm could not download {package}@{version} ({done.stderr.strip().splitlines()[-1:] or 'no answer'}): "
+                               f"check the network, or use the shards that ship with t2i")
+        # Debian 12's Python knows no filters
+        with tarfile.open(Path(own)/done.stdout.strip().splitlines()[-1]) as tar:
+            tar.extractall(own, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
         try: (Path(own)/'package').rename(folder)
         except OSError:
             if not folder.is_dir(): raise
@@ -140,7 +143,8 @@ def emoji_captions(name: str, style: str, concept: str, keywords) -> list:
 
 
 SEVERAL = ['some', 'two', 'three', 'many', 'pictures of']
-OPENINGS = ['', 'a', 'the', 'my', 'this', 'a picture of', 'a picture of a', 'a picture of the', 'a photo of a', 'a drawing of a', 'a cartoon of a', 'an image of', 'an icon of the', 'an emoji of a', 'draw a', 'draw me a',
+OPENINGS = ['', 'a', 'the', 'my', 'this', 'a picture of', 'a picture of a', 'a picture of the', 'a photo of a', 'a drawing of a',
+            'a cartoon of a', 'an image of', 'an icon of the', 'an emoji of a', 'draw a', 'draw me a',
             'please draw the', 'show me a', 'I want a', 'a cute', 'a beautiful', 'a nice', 'a simple', 'a small', 'a big', 'the little', *SEVERAL]
 WITH = 3*['with'] + ['with a', 'with the', 'wearing', 'wearing a', 'that has', 'holding a', 'and', 'and a']
 ENDINGS = 6*[''] + ['emoji', 'icon', 'please', 'for me', 'on a white background', 'on white']
@@ -343,7 +347,8 @@ def decode_image(data: bytes) -> Image.Image:
         if image.mode == 'F': raise ValueError('numbers without a range')
         return on_white(image)
     except Image.DecompressionBombError:
-        raise Undecodable(f"these {len(data)} bytes claim to be a picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels, which is not a picture for training: skip it", 'decompression bomb') from None
+        raise Undecodable(f"these {len(data)} bytes claim to be a picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels, which is not a "
+                          f"picture for training: skip it", 'decompression bomb') from None
     except Exception as e:  # Pillow's plugins raise whatever a damaged file makes of them
         raise Undecodable(f"these {len(data)} bytes are not a picture that Pillow can decode ({type(e).__name__}): skip it or mend the file") from None
 
@@ -359,7 +364,8 @@ def read_picture(path: 'str | Path') -> Image.Image:
             return decode_image(path.read_bytes())
     except Undecodable as e:
         if e.reason == 'decompression bomb': raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from None
-        raise ValueError(f"{path} {'is empty' if not path.stat().st_size else 'is damaged, or no picture'}: give a .png, .jpg or .webp file that can be read") from None
+        raise ValueError(f"{path} {'is empty' if not path.stat().st_size else 'is damaged, or no picture'}: give a .png, .jpg or .webp "
+                         f"file that can be read") from None
 
 
 def emoji_pixels(table: pd.DataFrame) -> np.ndarray:
@@ -394,7 +400,8 @@ def emoji_names() -> dict:
     for emoji, name in list(names.items()):  # the table has a fifth of the skin tones
         for code, tone in TONES.items():
             for other, of in TONES.items():
-                if (here := chr(int(code, 16))) in emoji: names.setdefault(emoji.replace(here, chr(int(other, 16))), name.replace(f', {tone} skin', f', {of} skin'))
+                if (here := chr(int(code, 16))) in emoji:
+                    names.setdefault(emoji.replace(here, chr(int(other, 16))), name.replace(f', {tone} skin', f', {of} skin'))
     return names
 
 
@@ -413,11 +420,15 @@ def find_picture(
         if data is None: raise ValueError(f"{what} is the id of a COCO picture: name the folder of MS-COCO, data=…")
         what = CocoCaptions(data).path(int(what))
     if Path(what).suffix.lower() in PICTURES:
-        if not Path(what).is_file(): raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation set, or the caption of an emoji")
+        if not Path(what).is_file():
+            raise FileNotFoundError(f"there is no picture {what}: give the path of a file, the id of a picture of MS-COCO's validation "
+                                    f"set, or the caption of an emoji")
         return read_picture(what)
     emoji, name = load_emoji(None, ['image', 'caption']), emoji_names().get(str(what).replace('\ufe0f', ''), what)
     found = emoji.image[emoji.caption.isin([name, f'{name}, noto style'])]
-    if found.empty: raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red apple, noto style', its name or itself")
+    if found.empty:
+        raise ValueError(f"no picture is called {what!r}: give a file, the id of a COCO picture, or an emoji, by its caption as in 'red "
+                         f"apple, noto style', its name or itself")
     return decode_image(found.iloc[0])
 
 # %% ../nbs/01_data.ipynb #7be801c8
@@ -480,16 +491,19 @@ def recoloured(table: pd.DataFrame, progress: bool = False) -> pd.DataFrame:
         pictures = from_uint8(emoji_pixels(part))
         hues = main_hue(pictures)
         for colour, (low, high) in COLOURS.items():
-            chosen = [i for i, (hue, name, tone) in enumerate(zip(hues.tolist(), part['name'], part.tone)) if hue == hue and not tone and coloured(name, colour)]
+            chosen = [i for i, (hue, name, tone) in enumerate(zip(hues.tolist(), part['name'], part.tone)) if hue == hue and not tone
+                      and coloured(name, colour)]
             if not chosen: continue
-            share = torch.tensor([0.2 + 0.6*hash_fraction(f'{colour}/{key}') for key in part.key.iloc[chosen]])  # of the way from the one end of the colour to the other
+            # of the way from the one end of the colour to the other
+            share = torch.tensor([0.2 + 0.6*hash_fraction(f'{colour}/{key}') for key in part.key.iloc[chosen]])
             turned = turn_hue(pictures[chosen], torch.deg2rad(low + share*(high - low) - hues[chosen]))
             for i, image, hue in zip(chosen, to_uint8(turned), main_hue(turned).tolist()):
                 if hue != hue or colour_name(hue) != colour: continue  # the cube of colours has no such red, or it is too dark
                 row = part.iloc[i]
                 keywords = [coloured(k, colour) for k in row.keywords if not is_test_keyword(row.concept, k)]
                 captions = emoji_captions(coloured(row['name'], colour), row['style'], row.concept, [k for k in keywords if k])
-                rows.append({**row, 'key': f'{row.key}/{colour}', 'image': webp(Image.fromarray(image), 0), 'name': coloured(row['name'], colour), 'colour': colour,
+                rows.append({**row, 'key': f'{row.key}/{colour}', 'image': webp(Image.fromarray(image), 0),
+                             'name': coloured(row['name'], colour), 'colour': colour,
                              'captions': captions, 'caption': captions[0]})
     return pd.DataFrame(rows, columns=[*table.columns, 'colour'])
 
@@ -538,7 +552,8 @@ class Statistics:
     @classmethod
     def of(cls, tensors: dict, probe: 'list | None' = None):
         "From such tensors as `state_dict` names."
-        return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) if f'{kind}_mean' in tensors else None for kind in ('image', 'text')), probe)
+        return cls(*(Standardizer(tensors[f'{kind}_mean'], tensors[f'{kind}_std']) if f'{kind}_mean' in tensors else None
+                     for kind in ('image', 'text')), probe)
 
     def state_dict(self) -> dict:
         "image_mean, image_std, text_mean, text_std, each [D]."
@@ -547,7 +562,8 @@ class Statistics:
     @classmethod
     def load(cls, path):
         tensors, metadata = load_weights(path)
-        return cls.of({k: v.clone() for k, v in tensors.items()}, metadata.get('probe'))  # not mapped from the file: Windows replaces none that is in use
+        # not mapped from the file: Windows replaces none that is in use
+        return cls.of({k: v.clone() for k, v in tensors.items()}, metadata.get('probe'))
 
     def save(self, path): return save_weights(path, self.state_dict(), {'probe': self.probe} if self.probe else None)
 
@@ -668,8 +684,10 @@ class _Batches:
             tensors = {name: torch.from_numpy(array) for name, array in tensors.items()}
             save_weights(path, tensors, {'keys': list(keys)})
             if split == 'train': trained_on = shard_moments(tensors)
-        record = {'signature': self.shard.signature, 'settings': self.settings, 'samples': self.samples, 'prepared': sum(map(len, self.rows.values())),
-                  'splits': {s: len(r) for s, r in self.rows.items()}, 'skipped': self.skipped, 'lost': self.lost, 'captions_dropped': self.dropped, 'unknown_words': dict(self.unknown.most_common(1000)),
+        record = {'signature': self.shard.signature, 'settings': self.settings, 'samples': self.samples,
+                  'prepared': sum(map(len, self.rows.values())),
+                  'splits': {s: len(r) for s, r in self.rows.items()}, 'skipped': self.skipped, 'lost': self.lost,
+                  'captions_dropped': self.dropped, 'unknown_words': dict(self.unknown.most_common(1000)),
                   'moments': {kind: n for kind, (n, _, _) in trained_on.items()}}
         tensors = {f'{kind}_{part}': value for kind, (_, *values) in trained_on.items() for part, value in zip(('mean', 'squares'), values)}
         save_weights(self.out/'records'/f'{self.shard.name}.safetensors', tensors, record)
@@ -699,13 +717,15 @@ def prepare(
     from accelerate.utils import broadcast_object_list
     state, out = process_state(get_device(getattr(clip, 'device', None))), Path(out)
     shards = _named(sources, class_captions)
-    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions, 'probe': clip_probe(clip)}
+    settings = {'image_size': image_size, 'clip': getattr(clip, 'name', type(clip).__name__), 'class_captions': class_captions,
+                'probe': clip_probe(clip)}
     _check_out(out, shards, settings)
     todo = [s for s in shards[state.process_index::state.num_processes] if not _record(out, s)]
     mine = tuple(f'.{s.name}.safetensors.' for s in todo) + ('.statistics.safetensors.', '.report.json.')*state.is_main_process
     for path in chain(out.glob('*/.*'), out.glob('.*')):  # what a kill left behind
         if path.name.startswith(mine): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    workers = workers or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+    workers = workers or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if hasattr(os, 'sched_getaffinity')
+                             else os.cpu_count() or 1)
     work = partial(_picture, image_size=image_size, encoder_size=getattr(clip, 'image_size', None))
     pool, writer, writing = ThreadPoolExecutor(workers), ThreadPoolExecutor(1), None
     try:
@@ -726,15 +746,22 @@ def prepare(
         writer.shutdown()
     _wait(out, shards)
     report, = broadcast_object_list([_merge(out, shards) if state.is_main_process else None])
-    if not report['splits'].get('train'): raise ValueError(f"none of the {report['samples']} samples is for training: " + (f"{report['prepared']} could be prepared, all for validation or test, so give more pictures" if report['prepared'] else f"{', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())}; {out/'report.json'} names them"))
+    if not report['splits'].get('train'):
+        raise ValueError(f"none of the {report['samples']} samples is for training: "
+                         + (f"{report['prepared']} could be prepared, all for validation or test, so give more pictures"
+                            if report['prepared'] else f"{', '.join(f'{n:,} × {reason}' for reason, n in report['skipped'].items())}; "
+                                                       f"{out/'report.json'} names them"))
     return report
 
 
 def _named(sources, class_captions) -> list:
     "The raw shards of all sources, each under the name of its folder."
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    shards = [Shard(f"{Path(os.path.abspath(f)).name}-{s.name}".lstrip('.'), s.signature, s.read) for f in sources for s in find_shards(f, class_captions)]  # a dot would say that it is not finished
-    if class_captions and [s.signature for s in shards] == [s.signature for f in sources for s in find_shards(f)]: raise ValueError("--class-captions is for ImageNet's classes, and none of the sources has any: leave it out")
+    # a dot would say that it is not finished
+    shards = [Shard(f"{Path(os.path.abspath(f)).name}-{s.name}".lstrip('.'), s.signature, s.read) for f in sources
+              for s in find_shards(f, class_captions)]
+    if class_captions and [s.signature for s in shards] == [s.signature for f in sources for s in find_shards(f)]:
+        raise ValueError("--class-captions is for ImageNet's classes, and none of the sources has any: leave it out")
     twice = [n for n, k in pd.Series([s.name for s in shards]).value_counts().items() if k > 1]
     if twice: raise ValueError(f"two raw shards would both become {twice[0]}: give the folders of the sources different names")
     return shards
@@ -745,7 +772,8 @@ def _check_out(out, shards, settings):
     names = {s.name for s in shards}
     for path in chain(*((out/s).glob('[!.]*.safetensors') for s in SPLITS)):
         if path.stem not in names:
-            raise ValueError(f"{out} holds pictures of other sources than these ({path.name}): name the folders it was prepared from, all together and by the same names, or delete it, or name another folder with --out")
+            raise ValueError(f"{out} holds pictures of other sources than these ({path.name}): name the folders it was prepared from, all "
+                             f"together and by the same names, or delete it, or name another folder with --out")
     for shard in shards:
         path = out/'records'/f'{shard.name}.safetensors'
         if not path.exists(): continue
@@ -753,7 +781,8 @@ def _check_out(out, shards, settings):
         except (ValueError, KeyError): continue
         was, now = ({k: v for k, v in s.items() if k != 'probe'} for s in (before, settings))
         if was != now: raise ValueError(f"{out} was prepared with {was} and not with {now}: prepare into another folder, or delete it")
-        if 'probe' in before and not same_probe(before['probe'], settings['probe']): raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
+        if 'probe' in before and not same_probe(before['probe'], settings['probe']):
+            raise ValueError(f"{out} was prepared with other weights of CLIP {now['clip']}: prepare into another folder, or delete it")
         break
 
 
@@ -789,7 +818,8 @@ def _wait(out, shards, pause: float = 0.2):
 def _merge(out, shards) -> dict:
     "statistics.safetensors and report.json from the records of all shards → the report."
     records = [_record(out, s) for s in shards]
-    trained_on = [{kind: (n, tensors[f'{kind}_mean'], tensors[f'{kind}_squares']) for kind, n in record['moments'].items()} for tensors, record in records]
+    trained_on = [{kind: (n, tensors[f'{kind}_mean'], tensors[f'{kind}_squares']) for kind, n in record['moments'].items()}
+                  for tensors, record in records]
     if any(trained_on): replace(merged_statistics(trained_on), probe=records[0][1]['settings'].get('probe')).save(out/'statistics.safetensors')
     keys = [np.fromiter(map(hash, PreparedDataset(out/s).keys), np.int64) for s in SPLITS if any(s in record['splits'] for _, record in records)]
     repeated = sum(len(k) - len(np.unique(k)) for k in keys)  # the same key is in the same split
@@ -799,8 +829,10 @@ def _merge(out, shards) -> dict:
         skipped.update(record['lost'])
         unknown.update(record.get('unknown_words', {}))  # in how many captions; the thousand most frequent of each shard
     def total(name): return sum(record[name] for _, record in records)
-    report = {'samples': total('samples'), 'prepared': total('prepared'), 'keys_in_several_shards': repeated, 'captions_dropped': total('captions_dropped'), 'splits': dict(splits), 'skipped': dict(skipped),
-              'shards': {shard.name: {k: record[k] for k in ('samples', 'prepared', 'skipped')} for shard, (_, record) in zip(shards, records)}, 'unknown_words': dict(unknown.most_common())}
+    report = {'samples': total('samples'), 'prepared': total('prepared'), 'keys_in_several_shards': repeated,
+              'captions_dropped': total('captions_dropped'), 'splits': dict(splits), 'skipped': dict(skipped),
+              'shards': {shard.name: {k: record[k] for k in ('samples', 'prepared', 'skipped')} for shard, (_, record) in zip(shards,
+                  records)}, 'unknown_words': dict(unknown.most_common())}
     save_json(out/'report.json', report)
     return report
 
@@ -812,17 +844,21 @@ class PreparedDataset:
     def __init__(self, folder: 'str | Path', captions: bool = False):
         from safetensors import safe_open
         paths = sorted(Path(folder).glob('[!.]*.safetensors'))  # with a dot one is not finished
-        if not paths and any(Path(folder).parent.glob('*/*.safetensors')): raise FileNotFoundError(f"{folder} holds no prepared shard, though the other splits do: prepare more pictures, or a source that says which of them are for {Path(folder).name}")
+        if not paths and any(Path(folder).parent.glob('*/*.safetensors')):
+            raise FileNotFoundError(f"{folder} holds no prepared shard, though the other splits do: prepare more pictures, or a source "
+                                    f"that says which of them are for {Path(folder).name}")
         if not paths: raise FileNotFoundError(f"{folder} holds no prepared shard: make them with `t2i prepare`")
         self.paths, self.shards = [], []
         for path in paths:
             try: f = safe_open(path, 'pt')
-            except Exception as e: raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and its record, and let `t2i prepare` make it again") from None
+            except Exception as e:
+                raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and its record, and let `t2i prepare` make it again") from None
             if captions and 'text_embeddings' not in f.keys(): continue
             self.paths.append(path)
             self.shards.append({k: f.get_tensor(k) for k in f.keys()})  # mapped, not read
         if not self.shards:
-            raise ValueError(f"the pictures in {folder} have no captions, and the translator learns from captions: prepare a source that has some (a decoder can be trained without)")
+            raise ValueError(f"the pictures in {folder} have no captions, and the translator learns from captions: prepare a source that "
+                             f"has some (a decoder can be trained without)")
         self.captions_per_image = max((s['text_embeddings'].shape[1] for s in self.shards if 'text_embeddings' in s), default=0)
         self.ends = torch.tensor([len(s['images']) for s in self.shards]).cumsum(0)
 
@@ -832,7 +868,9 @@ class PreparedDataset:
         "Refuse embeddings, or pictures, of another size than a preset's → self."
         for key, name, expected in (('clip.embedding_size', 'image_embeddings', embedding_size), ('data.image_size', 'images', image_size)):
             found = self.shards[0][name].shape[1]
-            if expected and found != expected: raise ValueError(f"the {name.replace('_', ' ')} in {self.paths[0].parent} are of size {found}, and {key} of the preset is {expected}: prepare with this preset, or change the key")
+            if expected and found != expected:
+                raise ValueError(f"the {name.replace('_', ' ')} in {self.paths[0].parent} are of size {found}, and {key} of the preset is "
+                                 f"{expected}: prepare with this preset, or change the key")
         return self
 
     @cached_property
@@ -843,13 +881,16 @@ class PreparedDataset:
 
     def _gather(self, name, indices):
         indices = torch.as_tensor(indices)
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self): raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} into {len(self)} pictures: use 0 to {len(self) - 1}")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} into {len(self)} pictures: use 0 to {len(self) - 1}")
         which = torch.searchsorted(self.ends, indices, right=True)
         if any(name not in self.shards[s] for s in which.unique().tolist()):
             raise ValueError("some of these pictures have no captions: open the shards with PreparedDataset(folder, captions=True)")
         arrays, starts = {s: self.shards[s][name].numpy() for s in which.unique().tolist() or [0]}, torch.cat([self.ends.new_zeros(1), self.ends])
-        rows = [arrays[s][row] for s, row in zip(which.tolist(), (indices - starts[which]).tolist())] or [arrays[0][0]]  # views: a batch has a row of nearly as many shards
-        if name == 'text_embeddings': rows = [row[np.arange(self.captions_per_image) % len(row)] for row in rows]  # fewer captions than elsewhere: repeated
+        # views: a batch has a row of nearly as many shards
+        rows = [arrays[s][row] for s, row in zip(which.tolist(), (indices - starts[which]).tolist())] or [arrays[0][0]]
+        # fewer captions than elsewhere: repeated
+        if name == 'text_embeddings': rows = [row[np.arange(self.captions_per_image) % len(row)] for row in rows]
         return torch.from_numpy(np.stack(rows))[:len(indices)]
 
     def spread(self, n: int) -> torch.Tensor:

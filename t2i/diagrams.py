@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from .unet import Attention, ResBlock, Stage, UNet
 
 # %% ../nbs/lib/diagrams.ipynb #8e13664a
-FILLS = {'data': '#ffffff', 'conv': '#f6dfa4', 'linear': '#f6dfa4', 'norm': '#dcd3ea', 'activation': '#f8cdb0', 'dropout': '#e3e3e3', 'resample': '#a9d8c2',
+FILLS = {'data': '#ffffff', 'conv': '#f6dfa4', 'linear': '#f6dfa4', 'norm': '#dcd3ea', 'activation': '#f8cdb0', 'dropout': '#e3e3e3',
+         'resample': '#a9d8c2',
          'attention': '#ee9ca7', 'ResBlock': '#a9cbe8', 'ResBlock down': '#6fb596', 'ResBlock up': '#6fb596', 'condition': '#cfe3b4'}
 INK, FONT = '#333333', 8
 
@@ -44,14 +45,16 @@ def _text_width(text, size=FONT):
 
 def _box(axis, x, y, width, height, kind, text='', size=FONT, rotation=0):
     "A box around the point (x, y)."
-    axis.add_patch(FancyBboxPatch((x - width/2, y - height/2), width, height, 'round,pad=0,rounding_size=0.04', facecolor=FILLS[kind], edgecolor=INK, lw=0.8, zorder=3))
+    axis.add_patch(FancyBboxPatch((x - width/2, y - height/2), width, height, 'round,pad=0,rounding_size=0.04', facecolor=FILLS[kind],
+                                  edgecolor=INK, lw=0.8, zorder=3))
     axis.text(x, y, text, ha='center', va='center', fontsize=size, rotation=rotation, color=INK, zorder=4, linespacing=1.25)
 
 
 def _arrow(axis, *points, head=7, **style):
     "A line through the points, with a head at the last one."
     path = Path(points, [Path.MOVETO] + [Path.LINETO]*(len(points) - 1))
-    axis.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>' if head else '-', mutation_scale=head or 1, shrinkA=0, shrinkB=0, joinstyle='round', **{'color': INK, 'lw': 0.9, 'zorder': 2, **style}))
+    axis.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>' if head else '-', mutation_scale=head or 1, shrinkA=0, shrinkB=0,
+                                   joinstyle='round', **{'color': INK, 'lw': 0.9, 'zorder': 2, **style}))
 
 
 def _plus(axis, x, y, r=0.1):
@@ -131,7 +134,8 @@ def trace_unet(
     with torch.no_grad(), torch.device('meta'), _Joins() as joins:
         model(*model.example_inputs())
     def named(tensor, where): return [name for name, t in where.items() if t is tensor]
-    skips = {target: source for result, parts in joins.joined for target in named(result, inputs) for part in parts[1:] for source in named(part, outputs)}
+    skips = {target: source for result, parts in joins.joined for target in named(result, inputs) for part in parts[1:]
+             for source in named(part, outputs)}
     return layers, skips
 
 # %% ../nbs/lib/diagrams.ipynb #4759d457
@@ -253,7 +257,8 @@ def _draw_seams(axis, model, image, blocks, joint, y):
 def _draw_condition(axis, model):
     "How timestep and embedding become the vector that conditions every ResBlock."
     blocks, y, y_other = [m for m in model.modules() if isinstance(m, ResBlock)], _BELOW - 0.35, _BELOW - 0.9
-    others = [(text, getattr(model, name)) for name, text in [('img_emb_proj', 'embedding\n$y$'), ('label_emb', 'label\n$y$')] if hasattr(model, name)]
+    others = [(text, getattr(model, name)) for name, text in [('img_emb_proj', 'embedding\n$y$'), ('label_emb', 'label\n$y$')]
+              if hasattr(model, name)]
     time = [_Step('timestep\n$t$', 'data'), _Step(f'cosines, sines\n{model.model_channels}', 'condition'), *map(_describe, _leaves(model.time_embed))]
     end = _row(axis, 0.1, y, time + [_Step('+', 'data')]*len(others), height=0.38)[-1]
     for text, module in others:
@@ -261,7 +266,8 @@ def _draw_condition(axis, model):
         _arrow(axis, (row[-1].right, y_other), (end.x, y_other), (end.x, y - 0.1))
     _arrow(axis, (end.right, y), (end.right + 0.2, y))
     use = 'scale and shift' if blocks[0].scale_shift else 'added'
-    axis.text(end.right + 0.26, y, f'$e$, {blocks[0].emb_layers[-1].in_features} numbers,\nto all {len(blocks)} ResBlocks:\n{use}', va='center', fontsize=FONT, color=INK)
+    axis.text(end.right + 0.26, y, f'$e$, {blocks[0].emb_layers[-1].in_features} numbers,\nto all {len(blocks)} ResBlocks:\n{use}',
+              va='center', fontsize=FONT, color=INK)
 
 
 def _draw_legend(axis, model, kinds):
@@ -271,7 +277,8 @@ def _draw_legend(axis, model, kinds):
     heads = {m.qkv.in_channels//m.num_heads for m in attentions}
     heads = f'heads of {heads.pop()} channels' if len(heads) == 1 else f'{", ".join(sorted({str(m.num_heads) for m in attentions}))} heads'
     before_last = ', '.join(_describe(m).text.split('\n')[0] for m in model.out[:-1])
-    names = {'conv': f"3×3 convolution (the U's last: {before_last})", 'ResBlock': f'ResBlock, dropout {dropout}', 'ResBlock down': 'BigGAN ResBlock: half or double the size', 'attention': f'self-attention, {heads}'}
+    names = {'conv': f"3×3 convolution (the U's last: {before_last})", 'ResBlock': f'ResBlock, dropout {dropout}',
+             'ResBlock down': 'BigGAN ResBlock: half or double the size', 'attention': f'self-attention, {heads}'}
     x, y = _WIDTH - 2.95, _BELOW - 0.2
     for kind, text in names.items():
         if kind not in kinds: continue
@@ -299,7 +306,8 @@ def draw_resblock(
     *blocks: ResBlock,  # drawn below one another
 ) -> plt.Figure:
     "ResBlocks, layer by layer, with their conditioning above and their shortcut below (Figure 4.3)."
-    rows = [[_Step(f'$x$\n{block.in_layers[-1].in_channels}', 'data'), *_resblock_steps(block), _Step('+', 'data'), _Step(f'out\n{block.in_layers[-1].out_channels}', 'data')] for block in blocks]
+    rows = [[_Step(f'$x$\n{block.in_layers[-1].in_channels}', 'data'), *_resblock_steps(block), _Step('+', 'data'),
+             _Step(f'out\n{block.in_layers[-1].out_channels}', 'data')] for block in blocks]
     figure, axis = _canvas(max(map(_length, rows)) + 0.2, 2.0*len(blocks))
     for i, (block, row) in enumerate(zip(blocks, rows)):
         y = 2.0*(len(blocks) - i) - 1.1
@@ -345,7 +353,9 @@ def draw_translator(
     for inner, n in frames:
         end = steps[steps.index(inner[-1]) + 1]
         left, right = inner[0].left - gap/2, end.right + 0.05
-        axis.add_patch(FancyBboxPatch((left - 0.03, 0.12), right - left + 0.03, 1.2, 'round,pad=0,rounding_size=0.06', facecolor='#f6f6f6', edgecolor='#888888', lw=0.9, ls='--', zorder=0))
-        axis.text((left + right)/2, 1.46, f'{n} such layers, one after the other' if n > 1 else 'one such layer', ha='center', va='center', fontsize=9, color=INK)
+        axis.add_patch(FancyBboxPatch((left - 0.03, 0.12), right - left + 0.03, 1.2, 'round,pad=0,rounding_size=0.06', facecolor='#f6f6f6',
+                                      edgecolor='#888888', lw=0.9, ls='--', zorder=0))
+        axis.text((left + right)/2, 1.46, f'{n} such layers, one after the other' if n > 1 else 'one such layer', ha='center', va='center',
+                  fontsize=9, color=INK)
         _arrow(axis, (left, y), (left, 0.33), (end.x, 0.33), (end.x, y - 0.1))
     return figure

@@ -52,14 +52,21 @@ class Diffusion:
     ):
         if schedule not in SCHEDULES: raise ValueError(f"there is no schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
         if target not in ('eps', 'v', 'x0'): raise ValueError(f"there is no target {target!r}: a network predicts 'eps', 'v' or 'x0'")
-        if not isinstance(timesteps, numbers.Integral) or timesteps < 1: raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
-        if snr_range is not None and not (isinstance(snr_range, (list, tuple)) and [isinstance(v, numbers.Real) for v in snr_range] == [True, True] and 0 <= snr_range[0] < snr_range[1]): raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
+        if not isinstance(timesteps, numbers.Integral) or timesteps < 1:
+            raise ValueError(f"timesteps is {timesteps!r}: a diffusion needs a whole number, 1 or more")
+        if snr_range is not None and not (isinstance(snr_range, (list, tuple))
+                                          and [isinstance(v, numbers.Real) for v in snr_range] == [True, True] and 0 <= snr_range[0] < snr_range[1]):
+            raise ValueError(f"snr_range is {snr_range}: give two numbers, 0 ≤ low < high")
         if robust and snr_range is None: raise ValueError("a robust loss is one on the image's error and needs its weight: give snr_range as well")
         self.target, self.vlb_weight, self.snr_range, self.robust, self.exposure_bias = target, vlb_weight, snr_range, robust, 0.
-        self.learned = {'target': target, 'schedule': schedule, 'timesteps': int(timesteps)}  # what a network that was trained with this process depends on
+        # what a network that was trained with this process depends on
+        self.learned = {'target': target, 'schedule': schedule, 'timesteps': int(timesteps)}
         betas = torch.as_tensor(SCHEDULES[schedule](timesteps), dtype=torch.float64)
-        if betas.shape != (timesteps,) or not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any(): raise ValueError(f"the schedule {schedule!r} does not return β of every timestep: {timesteps} numbers above 0, and below 1 but for the last")
-        if betas[-1] == 1 and target == 'eps': raise ValueError(f"the schedule {schedule!r} ends in noise alone, from which no ε tells the image: set target = 'v' or 'x0'")
+        if betas.shape != (timesteps,) or not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+            raise ValueError(f"the schedule {schedule!r} does not return β of every timestep: {timesteps} numbers above 0, and below 1 but "
+                             f"for the last")
+        if betas[-1] == 1 and target == 'eps':
+            raise ValueError(f"the schedule {schedule!r} ends in noise alone, from which no ε tells the image: set target = 'v' or 'x0'")
         alphas_cumprod = (1 - betas).cumprod(0)
         self.trained = self  # what respacing and expecting errors leave as it is: the process that a network is trained with
         self._tabulate(alphas_cumprod, torch.arange(timesteps))
@@ -93,7 +100,8 @@ class Diffusion:
     ) -> Tensor:  # [N, 1, …, 1]
         "The entries of a table at `t`, rounded only now, ready to be multiplied with `like`."
         key = table, like.dtype, like.device
-        if not like.is_floating_point() and getattr(self, table).is_floating_point(): raise ValueError(f"the images are {like.dtype}: give floats in [-1, 1], t2i.core.from_uint8 converts")
+        if not like.is_floating_point() and getattr(self, table).is_floating_point():
+            raise ValueError(f"the images are {like.dtype}: give floats in [-1, 1], t2i.core.from_uint8 converts")
         if key not in self._cast: self._cast[key] = getattr(self, table).to(like.dtype).to(like.device)
         return self._cast[key][t].reshape(-1, *[1]*(like.ndim - 1))
 
@@ -212,9 +220,11 @@ def interpret(
 ) -> tuple:  # x_0 and log_variance, both [N, C, H, W]
     "What the output of a network means."
     output, channels = output.to(x_t.dtype), x_t.shape[1]
-    if output.shape[2:] != x_t.shape[2:] or len(output) != len(x_t): raise ValueError(f"the network returned {list(output.shape)} for latents {list(x_t.shape)}: only the channels may differ")
+    if output.shape[2:] != x_t.shape[2:] or len(output) != len(x_t):
+        raise ValueError(f"the network returned {list(output.shape)} for latents {list(x_t.shape)}: only the channels may differ")
     if output.shape[1] not in (channels, 2*channels):
-        raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or {2*channels} with a learned variance")
+        raise ValueError(f"the network returned {output.shape[1]} channels for latents of {channels}: it must return {channels}, or "
+                         f"{2*channels} with a learned variance")
     x_0, variance = output[:, :channels], output[:, channels:]
     if self.target != 'x0':  # the answer is for the timestep that the network was told
         way = {'eps': self.trained.x0_from_eps, 'v': self.trained.x0_from_v}[self.target]
@@ -280,7 +290,9 @@ def prior_bits(self: Diffusion, x_0: Tensor) -> Tensor:
 
 # %% ../nbs/02_diffusion.ipynb #9ca863cc
 def _check_trained(process: Diffusion):
-    if process.exposure_bias: raise ValueError(f"this process expects errors of {process.exposure_bias} and is for sampling: take expect_errors(0) of it, or make_diffusion(preset)")
+    if process.exposure_bias:
+        raise ValueError(f"this process expects errors of {process.exposure_bias} and is for sampling: take expect_errors(0) of it, or "
+                         f"make_diffusion(preset)")
 
 @patch
 @torch.no_grad()
@@ -369,7 +381,8 @@ def expect_errors(
     exposure_bias: float,  # δ, the deviation of the errors; 0 expects none
 ) -> Diffusion:
     "The process whose latents carry errors of a network's own: at each timestep the network is told the first one of training that has so much noise in all."
-    if not 0 <= exposure_bias < math.inf: raise ValueError(f"exposure_bias is {exposure_bias}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
+    if not 0 <= exposure_bias < math.inf:
+        raise ValueError(f"exposure_bias is {exposure_bias}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
     expecting = copy.copy(self)
     expecting.exposure_bias = float(exposure_bias)
     expecting._tabulate(self.alphas_cumprod, self.timestep_map)

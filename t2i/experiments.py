@@ -32,7 +32,8 @@ class Pairs:
 
     def first(self, n: int) -> 'Pairs': return Pairs(self.images[:n], self.captions[:n])
 
-    def resized(self, size: int) -> 'Pairs': return Pairs(np.stack([np.asarray(square(Image.fromarray(i), size)) for i in self.images]), self.captions)
+    def resized(self, size: int) -> 'Pairs':
+        return Pairs(np.stack([np.asarray(square(Image.fromarray(i), size)) for i in self.images]), self.captions)
 
 
 def held_out(
@@ -59,7 +60,8 @@ def draw_pairs(
 ) -> Pairs:
     "Held-out pictures and a caption of each in random order. The first pairs are the same whatever `n` is."
     table = held_out(data, seed)
-    if n is not None and not 1 <= n <= len(table): raise ValueError(f"n_images is {n}: there are {len(table)} held-out pictures, ask for 1 to {len(table)}")
+    if n is not None and not 1 <= n <= len(table):
+        raise ValueError(f"n_images is {n}: there are {len(table)} held-out pictures, ask for 1 to {len(table)}")
     rows = table.iloc[np.random.default_rng(seed).permutation(len(table))[:n]]
     return Pairs(np.stack([_pixels(i) for i in rows['image']]), list(rows.caption))
 
@@ -93,7 +95,8 @@ def draw_variant(
 def variant_to_folder(variant, pipe, pairs, seed, folder, **settings) -> list:
     "The paths of a variant's pictures, one for each pair, below `folder`; what is missing is drawn. For the settings see `draw_to_folder`."
     embed, made_of = lambda: _embed(variant, pipe, pairs), None
-    if variant not in VARIANTS or VARIANTS[variant] is not THESIS_VARIANTS.get(variant):  # what one of one's own reads can be told from its embeddings only
+    # what one of one's own reads can be told from its embeddings only
+    if variant not in VARIANTS or VARIANTS[variant] is not THESIS_VARIANTS.get(variant):
         y = embed()
         embed, made_of = lambda: y, numbers_of(y)
     elif variant == 'Image decoder only': made_of = [hashlib.sha256(np.ascontiguousarray(i)).hexdigest()[:16] for i in pairs.images]
@@ -119,7 +122,8 @@ def measure(
 ) -> pd.DataFrame:
     "The numbers of Table 5.1, one row per variant and one for real against real."
     real = extract_features(pairs.images, features, device)
-    rows = {name: evaluate(pictures, real, features, seed, device) | {'clip_score': clip_score(clip, pictures, pairs.captions).mean()} for name, pictures in drawn.items()}
+    rows = {name: evaluate(pictures, real, features, seed, device) | {'clip_score': clip_score(clip, pictures, pairs.captions).mean()}
+            for name, pictures in drawn.items()}
     rows[REAL] = real_vs_real(floor, features, seed, device) | {'clip_score': clip_score(clip, pairs.images, pairs.captions).mean()}
     return pd.DataFrame.from_dict(rows, orient='index')
 

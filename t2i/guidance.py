@@ -23,7 +23,9 @@ def classifier_free(
     **conditions,  # what else the network is told, with and without y, [N, …]
 ):  # denoiser
     "Classifier-free guidance (Ho & Salimans, 2021); the empty condition is the zero vector."
-    if not y.is_floating_point(): raise ValueError(f"the condition of classifier-free guidance is {y.dtype}: the zero vector stands for none, so give embeddings [N, E], not classes")
+    if not y.is_floating_point():
+        raise ValueError(f"the condition of classifier-free guidance is {y.dtype}: the zero vector stands for none, so give embeddings [N, "
+                         f"E], not classes")
     if scale == 1: return diffusion.denoiser(model, y=y, **conditions)
     both, conditions = torch.cat([y, torch.zeros_like(y)]), {k: torch.cat([v, v]) for k, v in conditions.items()}
     def denoise(x_t, t):

@@ -55,4 +55,5 @@ def image_guidance(
     def hook(x, t):
         pull = table[t].item() if mask is None else table[t].item()*mask
         return x + pull*(image - x)
+    hook.timesteps = diffusion.timesteps  # so that `decode` can tell whether it takes as many
     return hook

@@ -30,13 +30,15 @@ def caption_ranks(
     table = load_emoji('test', ['caption', 'concept', 'style']).set_index('caption')
     unknown = [c for c in captions if c not in table.index]
     if unknown: raise ValueError(f"{unknown[0]!r} is no held-out caption, so nobody knows its rank: use captions of load_emoji('test')")
-    if len(pictures) != len(captions): raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions were given: each picture needs its caption")
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions were given: each picture needs its caption")
     scores = (judge.encode_images(as_pictures(pictures), normalize=True)@judge.encode_captions(list(table.index), normalize=True).T).numpy()
     table['label'] = table.concept + '/' + table['style']
     wanted = table[~table.index.duplicated()].loc[list(captions)]  # two pictures may have one caption
     right = np.array(wanted.label)[:, None] == np.array(table.label)
     best, first = np.where(right, scores, -np.inf).max(1), table.iloc[scores.argmax(1)]
-    return pd.DataFrame({'rank': (np.where(right, -np.inf, scores) > best[:, None]).sum(1), 'concept': np.array(first.concept) == np.array(wanted.concept),
+    return pd.DataFrame({'rank': (np.where(right, -np.inf, scores) > best[:, None]).sum(1),
+                         'concept': np.array(first.concept) == np.array(wanted.concept),
                          'style': np.array(first['style']) == np.array(wanted['style'])})
 
 # %% ../nbs/lib/judge.ipynb #94e5d53f
@@ -109,13 +111,15 @@ def part_scores(
     pictures,  # of their captions, N of them
 ) -> pd.DataFrame:  # a row for each part: caption, part, swapped, margin (difference of cosines), right
     "Whether the judge finds a picture more like its caption than like the caption with a part swapped."
-    if len(templates) != len(pictures): raise ValueError(f"{len(pictures)} pictures and {len(templates)} templates were given: each template needs its picture")
+    if len(templates) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures and {len(templates)} templates were given: each template needs its picture")
     seen = judge.encode_images(as_pictures(pictures), normalize=True)
     rows = []
     for template, picture in zip(templates, seen):
         caption, parts, swapped = compose(template)
         cosines = judge.encode_captions([caption, *swapped], normalize=True)@picture
-        rows += [dict(caption=caption, part=p, swapped=s, margin=float(cosines[0] - c), right=bool(cosines[0] > c)) for p, s, c in zip(parts, swapped, cosines[1:])]
+        rows += [dict(caption=caption, part=p, swapped=s, margin=float(cosines[0] - c), right=bool(cosines[0] > c))
+                 for p, s, c in zip(parts, swapped, cosines[1:])]
     return pd.DataFrame(rows)
 
 # %% ../nbs/lib/judge.ipynb #0955eec8
@@ -144,7 +148,8 @@ class TrainingPictures:
         cosine, index = (F.normalize(extract_features(pictures, device=self.device).pooled, dim=1)@self.features.T).max(1)
         distance = np.minimum(*(distances(m, known).min(1) for m, known in zip(fingerprints(pictures), self.marks)))
         found = self.table.iloc[index.numpy()]
-        return pd.DataFrame({'index': index.numpy(), 'cosine': cosine.numpy(), 'concept': found.concept.values, 'style': found['style'].values, 'copy': distance < NEAR_DUPLICATE})
+        return pd.DataFrame({'index': index.numpy(), 'cosine': cosine.numpy(), 'concept': found.concept.values,
+                             'style': found['style'].values, 'copy': distance < NEAR_DUPLICATE})
 
 # %% ../nbs/lib/judge.ipynb #3d96c1a5
 def fid_error(

@@ -83,15 +83,20 @@ def _extractor(features, device):
     if features in ('efficientnet-lite0', 'inception'): name, path = features, None
     elif Path(features).is_file(): name, path = 'inception', str(features)
     elif str(features).endswith(('.pth', '.pt')):
-        raise FileNotFoundError(f"there is no file {features} with Inception weights: fetch {URL_INCEPTION_V3} and give its path, or use features='efficientnet-lite0'")
-    else: raise ValueError(f"there are no features {str(features)!r}: use 'efficientnet-lite0', 'inception', or the path of a file with Inception weights")
+        raise FileNotFoundError(f"there is no file {features} with Inception weights: fetch {URL_INCEPTION_V3} and give its path, or use "
+                                f"features='efficientnet-lite0'")
+    else:
+        raise ValueError(f"there are no features {str(features)!r}: use 'efficientnet-lite0', 'inception', or the path of a file with "
+                         f"Inception weights")
     registered = 'inception-v3-compat' if name == 'inception' else name
     layers = [FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric(m) for m in ('fid', 'isc')]
     try: module = create_feature_extractor(registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=path)
     except Exception as e:  # anything from a refused connection to a file that holds another network
         reason = str(e).strip().split('\n')[0]
-        if path: raise ValueError(f"{path} does not hold the Inception weights of torch-fidelity ({reason}): fetch {URL_INCEPTION_V3} and give its path") from None
-        raise FileNotFoundError(f"the Inception weights could not be downloaded ({reason}): fetch {URL_INCEPTION_V3} on another machine and give the file's path "
+        if path:
+            raise ValueError(f"{path} does not hold the Inception weights of torch-fidelity ({reason}): fetch {URL_INCEPTION_V3} and give its path") from None
+        raise FileNotFoundError(f"the Inception weights could not be downloaded ({reason}): fetch {URL_INCEPTION_V3} on another machine "
+                                f"and give the file's path "
                                 "as features, or use features='efficientnet-lite0'") from None
     return name, module.to(device)
 
@@ -101,11 +106,13 @@ def _as_uint8(images):
     if not isinstance(images, (np.ndarray, torch.Tensor)):
         images = [on_white(i) for i in pil_pictures(images)]  # upright, too
         sizes = {i.size for i in images}
-        if len(sizes) > 1: raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
+        if len(sizes) > 1:
+            raise ValueError(f"the images have different sizes ({', '.join(f'{w}×{h}' for w, h in sorted(sizes))}): bring them to one size first")
         images = np.stack([np.asarray(i) for i in images])
     images = as_tensor(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: t2i.core.to_uint8 converts float [N, 3, H, W]")
+        raise ValueError(f"images must be PIL pictures or uint8 [N, H, W, 3], these are {images.dtype} {list(images.shape)}: "
+                         f"t2i.core.to_uint8 converts float [N, 3, H, W] in [-1, 1]")
     return images
 
 
@@ -138,7 +145,8 @@ def _check_features(*features, at_least: int) -> list:
     if not all(isinstance(f, torch.Tensor) and f.ndim == 2 and f.shape[1] == features[0].shape[1] for f in features):
         raise ValueError(f"the features are {' and '.join(str(list(f.shape)) if isinstance(f, torch.Tensor) else type(f).__name__ for f in features)}: give tensors [N, D] of the same extractor, `pooled` of `extract_features`")
     if not all(f.isfinite().all() for f in features): raise ValueError("the features hold values that are not finite: extract them again, in float32")
-    if min(map(len, features)) < at_least: raise ValueError(f"{' and '.join(str(len(f)) for f in features)} images are too few for this distance: give at least {at_least} of each")
+    if min(map(len, features)) < at_least:
+        raise ValueError(f"{' and '.join(str(len(f)) for f in features)} images are too few for this distance: give at least {at_least} of each")
     kind = functools.reduce(torch.promote_types, (f.dtype for f in features), torch.float32)
     return [f.detach().cpu().to(kind) for f in features]
 

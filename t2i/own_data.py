@@ -41,16 +41,24 @@ def train_on(
     from t2i.translator import TranslatorTask
     check_hours(hours)
     preset, out = load_preset(preset), Path(out)
-    if lacking := [s for s in ('translator', 'decoder') if s not in preset.get('train', {})]: raise ValueError(f"the preset {preset.name!r} does not train a {lacking[0]}: add a [train.{lacking[0]}] section")
+    if lacking := [s for s in ('translator', 'decoder') if s not in preset.get('train', {})]:
+        raise ValueError(f"the preset {preset.name!r} does not train a {lacking[0]}: add a [train.{lacking[0]}] section")
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
     start = out/'start.json'
     for folder in [data] if isinstance(data, (str, Path)) else data:
-        if not start.exists() and out.resolve().is_relative_to(Path(folder).resolve()): raise ValueError(f"{out} lies in {folder}, and what training draws there could be read as your pictures: name a folder outside of it")
-    if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}: raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same way, or name another folder")
+        if not start.exists() and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{out} lies in {folder}, and what training draws there could be read as your pictures: name a folder outside of it")
+    if start.exists() and json.loads(start.read_text(encoding='utf-8')) != {'scratch': shipped is None}:
+        raise ValueError(f"{out} began {'from the weights that ship' if shipped is None else 'from random weights'}: go on in the same "
+                         f"way, or name another folder")
     report = prepare(clip, data, out/'prepared', preset.data.image_size, progress=progress)
-    if not report['splits'].get('validation'): raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures" + (f", or mend those of {out/'prepared/report.json'} that were skipped" if report['skipped'] else ''))
-    if Statistics.load(out/'prepared/statistics.safetensors').text is None: raise ValueError("none of the pictures has a caption, and the translator learns from captions: put a .txt beside each picture, or one .csv with the columns file and caption")
+    if not report['splits'].get('validation'):
+        raise ValueError(f"none of the {report['prepared']} pictures is for validation: give more pictures"
+                         + (f", or mend those of {out/'prepared/report.json'} that were skipped" if report['skipped'] else ''))
+    if Statistics.load(out/'prepared/statistics.safetensors').text is None:
+        raise ValueError("none of the pictures has a caption, and the translator learns from captions: put a .txt beside each picture, or "
+                         "one .csv with the columns file and caption")
     if PartialState().is_main_process: save_json(start, {'scratch': shipped is None})
     if on_prepared and PartialState().is_main_process: on_prepared(report)
     begun = out/'statistics.safetensors'  # what the weights are used to, whatever pictures are added
@@ -59,13 +67,16 @@ def train_on(
     models = {}
     for stage, Stage in (('translator', TranslatorTask), ('decoder', DecoderTask)):
         torch.manual_seed(seed)
-        task, config, initial = Stage(preset, out/'prepared', **({'clip': clip} if stage == 'decoder' else {})), copy.deepcopy(dict(preset.train[stage])), None
+        task, config, initial = Stage(preset, out/'prepared',
+                                      **({'clip': clip} if stage == 'decoder' else {})), copy.deepcopy(dict(preset.train[stage])), None
         if shipped:
             for c in (config, config.get('cpu', {})):
                 if 'learning_rate' in c: c['learning_rate'] *= GENTLE
             initial = find_checkpoint(shipped, stage)
-        weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9), initial=initial, progress=progress)
+        weights = train(task, config, out/stage, seed=seed, device=device, hours=hours*(0.1 if stage == 'translator' else 0.9),
+                        initial=initial, progress=progress)
         models[stage] = load_model(stage, preset, weights)
-    if shipped and (path := find_checkpoint(shipped, 'upsampler', optional=True)): models['upsampler'] = load_model('upsampler', preset, path)  # it reads the same embeddings as before
+    # it reads the same embeddings as before
+    if shipped and (path := find_checkpoint(shipped, 'upsampler', optional=True)): models['upsampler'] = load_model('upsampler', preset, path)
     if PartialState().is_main_process: TextToImage(clip, **models, statistics=task.statistics, preset=preset).save_pretrained(out, torch.float16)
     return out

@@ -22,7 +22,7 @@ from .clip import CLIP, check_captions
 from .convolution import weights_stay
 from .core import ASSETS, as_tensor, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
 from .data import Statistics
-from .decoder import decode, make_decoder, make_diffusion
+from .decoder import decode, guidance_of, make_decoder, make_diffusion
 from .image_guidance import image_guidance
 from .sampling import get_sampler
 from .translator import make_translator
@@ -32,7 +32,9 @@ from .upsampler import ZeroShot, check_noise, choose_labels, imagenet_names, mak
 def _memory_for(n: int, pixels: int):
     "Around the drawing of n pictures at once."
     if n == 1: return enough_memory(f"a picture of {pixels}×{pixels} pixels")
-    return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once", f"halve the batch with batch_size={n//2} (--batch-size {n//2}, or batch_size in the [sampling] or [upsampler.sampling] of a preset of your own)")
+    return enough_memory(f"{n} pictures of {pixels}×{pixels} pixels at once",
+                         f"halve the batch with batch_size={n//2} (--batch-size {n//2}, or batch_size in the [sampling] or "
+                         f"[upsampler.sampling] of a preset of your own)")
 
 # %% ../nbs/lib/pipeline.ipynb #74536b1e
 MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
@@ -57,11 +59,15 @@ class TextToImage:
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator and translator.eval(), decoder.eval(), upsampler and upsampler.eval()
-        sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size, 'statistics': len(statistics.image.mean), 'decoder': decoder.embedding_size}
-        if len(set(sizes.values())) > 1: raise ValueError(f"embeddings have different sizes in the parts of this pipeline ({', '.join(f'{k} {v}' for k, v in sizes.items())}): give parts that were trained together")
+        sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size,
+                 'statistics': len(statistics.image.mean), 'decoder': decoder.embedding_size}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"embeddings have different sizes in the parts of this pipeline "
+                             f"({', '.join(f'{k} {v}' for k, v in sizes.items())}): give parts that were trained together")
         for network in (self.decoder, self.upsampler):
-            if network: network.to(memory_format=torch.channels_last)  # convolutions on a CPU reorder weights in every pass, and this order is near the one they want
-        self.diffusion = make_diffusion(self.preset, sampling=True)
+            # convolutions on a CPU reorder weights in every pass, and this order is near the one they want
+            if network: network.to(memory_format=torch.channels_last)
+        self._process = make_diffusion(self.preset, sampling=True)
 
     @classmethod
     def from_preset(
@@ -73,10 +79,12 @@ class TextToImage:
         "The pipeline of a preset, with its weights; a preset without weights gets random ones. An upsampler is loaded if it is there; no translator is needed where no picture of the training had a caption."
         preset, device = load_preset(preset), get_device(device)
         if 'weights' not in preset and folder is None:
-            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
+            raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, "
+                                    f"TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
         if not (folder or preset.get('weights')): return cls._random(preset, device)
         folder, size = Path(folder or ASSETS/preset.weights), preset.clip.embedding_size
-        paths = {name: find_checkpoint(folder, name, optional=name != 'decoder') for name in MODELS if name in preset or name != 'upsampler'}  # what costs little comes first
+        # what costs little comes first
+        paths = {name: find_checkpoint(folder, name, optional=name != 'decoder') for name in MODELS if name in preset or name != 'upsampler'}
         statistics = load_statistics(folder, size)
         if statistics.text: paths['translator'] = find_checkpoint(folder, 'translator')  # there are captions to translate
         with enough_memory(f"the models of the preset {preset.name!r}"):
@@ -93,7 +101,8 @@ class TextToImage:
             for name in [name for name in MODELS if name in preset or name != 'upsampler']:
                 models[name] = MODELS[name](preset)
                 if name == 'translator': continue
-                for p in models[name].out.parameters(): torch.nn.init.normal_(p, std=0.05)  # zero in a fresh U-Net: every picture would be the same grey
+                # zero in a fresh U-Net: every picture would be the same grey
+                for p in models[name].out.parameters(): torch.nn.init.normal_(p, std=0.05)
         models = {name: model.to(device) for name, model in models.items()}
         return cls(CLIP.from_preset(preset, device), statistics=Statistics.unit(preset.clip.embedding_size), preset=preset, **models)
 
@@ -117,12 +126,22 @@ class TextToImage:
         self.clip.save(folder/'clip.safetensors', dtype)
         self.statistics.save(folder/'statistics.safetensors')
         for name in MODELS:
-            if model := getattr(self, name): save_weights(folder/f'{name}.safetensors', model.state_dict(), {'preset': self.preset.name, 'stage': name, 'statistics': self.statistics.digest(), **_learned(self.preset, name)}, dtype)
+            if model := getattr(self, name):
+                save_weights(folder/f'{name}.safetensors', model.state_dict(),
+                             {'preset': self.preset.name, 'stage': name, 'statistics': self.statistics.digest(),
+                              **_learned(self.preset, name)}, dtype)
         save_config(folder, self.preset)
         return folder
 
     @property
     def device(self): return next(self.decoder.parameters()).device
+
+    @property
+    def diffusion(self):
+        "The process that is sampled, with the exposure bias that the preset has now."
+        bias = self.preset.sampling.get('exposure_bias', 0.)
+        if bias != self._process.exposure_bias: self._process = self._process.expect_errors(bias)
+        return self._process
 
     def to(self, device) -> 'TextToImage':
         "This pipeline, moved to another device."
@@ -145,7 +164,8 @@ class TextToImage:
 
     def fingerprints(self) -> dict:
         "model → 16 hexadecimal digits that change with any of its weights."
-        states = {'clip': self.clip.model.state_dict(), **{name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}, 'statistics': self.statistics.state_dict()}
+        states = {'clip': self.clip.model.state_dict(),
+                  **{name: getattr(self, name).state_dict() for name in MODELS if getattr(self, name)}, 'statistics': self.statistics.state_dict()}
         found = {}
         for model, state in states.items():
             digest = hashlib.blake2b(digest_size=8)
@@ -164,13 +184,17 @@ class TextToImage:
     ) -> torch.Tensor:
         "Standardised embeddings [N, E]: of the picture that the translator expects for each caption. A warning names words that CLIP has never read, and what it reads for them if it is anything."
         captions = check_captions(captions)
-        if not self.statistics.text: raise ValueError("this pipeline learned from pictures without captions: give images (--image in the shell) or image_embeddings to draw from")
+        if not self.statistics.text:
+            raise ValueError("this pipeline learned from pictures without captions: give images (--image in the shell) or image_embeddings "
+                             "to draw from")
         if translate and not self.translator: raise ValueError("this pipeline has no translator: draw with translate=False, or give it one")
         def first(words): return ', '.join(words[:10]) + (f' and {len(words) - 10:,} more' if len(words) > 10 else '')
-        if named := self.clip.looked_up(captions): warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
+        if named := self.clip.looked_up(captions):
+            warnings.warn(f"CLIP has never read these words and reads others for them: {first([f'{word} ({name})' for word, name in named.items()])}")
         if unknown := self.clip.unknown_words(captions): warnings.warn(f"CLIP has never read these words and leaves them out: {first(unknown)}")
         y = self.statistics.text.standardize(self.clip.encode_captions(captions)).to(self.device)
-        if translate and self.translator.training: raise ValueError("the translator is in training mode and would drop activations at random: call pipe.translator.eval() first")
+        if translate and self.translator.training:
+            raise ValueError("the translator is in training mode and would drop activations at random: call pipe.translator.eval() first")
         return self.translator(y) if translate else y
 
     def embed_images(self, images) -> torch.Tensor:
@@ -183,11 +207,14 @@ class TextToImage:
         if captions is not None: return self.embed_captions(captions, translate)
         if images is not None: return self.embed_images(images)
         expected = self.preset.clip.embedding_size
-        if isinstance(image_embeddings, (list, tuple)) and image_embeddings and all(isinstance(v, torch.Tensor) and v.shape[-1:] == (expected,) for v in image_embeddings):
+        if isinstance(image_embeddings, (list, tuple)) and image_embeddings and all(isinstance(v, torch.Tensor)
+                and v.shape[-1:] == (expected,) for v in image_embeddings):
             image_embeddings = torch.cat([v.reshape(-1, expected) for v in image_embeddings])
         y = as_tensor(image_embeddings).float()
-        if y.ndim != 2 or y.shape[1] != expected or not len(y): raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
-        if not y.isfinite().all(): raise ValueError("image_embeddings hold values that are not finite: give standardised ones, as embed_images returns them")
+        if y.ndim != 2 or y.shape[1] != expected or not len(y):
+            raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
+        if not y.isfinite().all():
+            raise ValueError("image_embeddings hold values that are not finite: give standardised ones, as embed_images returns them")
         return y.to(self.device)
 
     # -- pictures -----------------------------------------------------------------------------------------------
@@ -216,12 +243,16 @@ class TextToImage:
         progress: bool = False,
     ) -> list:
         "PIL pictures, those of the first caption first. The same seed draws the same pictures on the same machine."
-        if not isinstance(num_images_per_prompt, numbers.Integral) or isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}: it is a whole number of pictures, at least 1")
-        for name, value in (('guidance_scale', guidance_scale), ('exposure_bias', exposure_bias), ('image_guidance_scale', image_guidance_scale), ('upsampler_noise', upsampler_noise)):
+        if not isinstance(num_images_per_prompt, numbers.Integral) or isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}: it is a whole number of pictures, at least 1")
+        for name, value in (('guidance_scale', guidance_scale), ('exposure_bias', exposure_bias),
+                            ('image_guidance_scale', image_guidance_scale), ('upsampler_noise', upsampler_noise)):
             if value is not None and not isinstance(value, numbers.Real): raise ValueError(f"{name} is {value!r}: give a number")
         self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, batch_size)
-        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay}),
-                         (upsample, 'upsample=True', {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise}), (captions is not None, 'captions', {'translate': None if translate else False}))
+        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale,
+                                                                   'decay': None if decay == 'linear' else decay}),
+                         (upsample, 'upsample=True', {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise}),
+                         (captions is not None, 'captions', {'translate': None if translate else False}))
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         if upsample: self._check_upsampling(upsampler_label, upsampler_noise, len(y))
         s = self.preset.sampling
@@ -229,7 +260,8 @@ class TextToImage:
         process = self.diffusion if exposure_bias is None else self.diffusion.expect_errors(exposure_bias)
         diffusion, generators = process.respace(steps), make_generators(generator, len(y))
         base, mask, latents = self._base(base_image, len(y)), self._mask(mask), self._latents(latents, len(y))
-        pull = s.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
+        guidance = guidance_of(self.preset) | ({} if guidance_scale is None else {'guidance_scale': guidance_scale})
+        pull = s.image_guidance_scale if base is not None and image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
         with weights_stay(), tqdm(total=len(y), desc='images', disable=not progress) as bar:
@@ -237,8 +269,8 @@ class TextToImage:
                 part = slice(i, i + size)
                 hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
                 with _memory_for(len(y[part]), self.preset.data.image_size):
-                    x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps,
-                               s.guidance_scale if guidance_scale is None else guidance_scale, s.thresholding, s.percentile, hook, None if latents is None else latents[part])
+                    x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps, hook=hook,
+                               x_T=None if latents is None else latents[part], **guidance)
                 drawn.append(x)
                 bar.update(len(x))
         x = torch.cat(drawn)
@@ -248,9 +280,11 @@ class TextToImage:
         "Refuse what would fail only while pictures are drawn, or spoil them."
         if upsample: self._check_upsampler()
         if num_inference_steps is not None: self.diffusion.respace(num_inference_steps)
-        if guidance_scale is not None and not math.isfinite(guidance_scale): raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}: give a finite number, 1 for no guidance")
         if sampler is not None: get_sampler(sampler)
-        if batch_size is not None and not (isinstance(batch_size, numbers.Integral) and batch_size >= 1): raise ValueError(f"batch_size is {batch_size!r}: it is a whole number of pictures drawn at once, at least 1")
+        if batch_size is not None and not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
+            raise ValueError(f"batch_size is {batch_size!r}: it is a whole number of pictures drawn at once, at least 1")
 
     @staticmethod
     def _check_idle(*groups):  # (is it given, what it is called, options that are of use with it only)
@@ -267,17 +301,21 @@ class TextToImage:
 
     def _latents(self, latents, n):
         expected = [n, self.decoder.in_channels, *[self.decoder.image_size]*2]
-        if latents is None or isinstance(latents, torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point() and latents.isfinite().all(): return latents
+        if latents is None or isinstance(latents,
+                                         torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point() and latents.isfinite().all():
+            return latents
         found = f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"latents are {found}: give finite numbers {expected}, x_T of each picture")
 
     def _mask(self, mask):
         if mask is None: return None
         size = self.preset.data.image_size
-        if isinstance(mask, Image.Image): return (to_tensor((on_white(mask) if mask.mode[0] == 'I' else mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
+        if isinstance(mask, Image.Image):
+            return (to_tensor((on_white(mask) if mask.mode[0] == 'I' else mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
         m = as_tensor(mask).float() if isinstance(mask, (torch.Tensor, np.ndarray)) else torch.empty(0)
         if m.shape not in ((size, size), (1, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
-            raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or array [1, 1, {size}, {size}] of numbers from 0 to 1")
+            raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or "
+                             f"array [1, 1, {size}, {size}] of numbers from 0 to 1")
         return m.view(1, 1, size, size).to(self.device)
 
     # -- larger pictures ----------------------------------------------------------------------------------------
@@ -296,7 +334,8 @@ class TextToImage:
         images, size = pil_pictures(images), self.preset.data.image_size
         self._check_upsampling(label, noise, len(images))
         x, y = to_tensor(images, size), None
-        if self.upsampler.embedding_size: y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
+        if self.upsampler.embedding_size:
+            y = self.embed_images(to_uint8(x)) if image_embeddings is None else self._embeddings(None, None, image_embeddings, None)
         if y is not None and len(y) != len(x): raise ValueError(f"{len(y)} image_embeddings were given for {len(x)} pictures: give one for each")
         originals = [from_uint8(np.stack([on_white(i)]))[0] if max(i.size) > size else None for i in images]
         return self._upsample(x, y, label, noise, make_generators(generator, len(x)), batch_size, progress, originals)
@@ -322,7 +361,8 @@ class TextToImage:
                 bar.update(len(part))
             for i, original in enumerate(originals):
                 if original is None: continue
-                whole = in_tiles(lambda tiles: enlarge(tiles, y[i].expand(len(tiles), *y[i].shape), make_generators(generators[i], len(tiles))), original, x.shape[-1])
+                whole = in_tiles(lambda tiles: enlarge(tiles, y[i].expand(len(tiles), *y[i].shape),
+                                                       make_generators(generators[i], len(tiles))), original, x.shape[-1])
                 pictures[i], = to_pil(whole[None])
                 bar.update(1)
         if classes:
@@ -331,7 +371,8 @@ class TextToImage:
 
     def _check_upsampling(self, label, noise, n):
         "Refuse a label, or labels for `n` pictures, and a noise that this upsampler cannot take."
-        if label is not None and not self.upsampler.num_classes: raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
+        if label is not None and not self.upsampler.num_classes:
+            raise ValueError(f"the label {label!r} was given to an upsampler without classes: leave it out")
         if label is not None: choose_labels(label, range(n), lambda _: None, self.upsampler.num_classes)
         if noise is not None: check_noise(self.upsampler, noise)
 
@@ -339,7 +380,8 @@ class TextToImage:
         if self.upsampler: return
         size = self.preset.data.image_size
         why = "no upsampler.safetensors and no upsampler.pt lies among its checkpoints" if 'upsampler' in self.preset else "its preset has no upsampler"
-        raise ValueError(f"the pipeline {self.preset.name!r} cannot enlarge pictures, because {why}: leave upsample=False for {size}×{size} pixels, or load it with one")
+        raise ValueError(f"the pipeline {self.preset.name!r} cannot enlarge pictures, because {why}: leave upsample=False for "
+                         f"{size}×{size} pixels, or load it with one")
 
 # %% ../nbs/lib/pipeline.ipynb #71d72c22
 _loaded = cache(TextToImage.from_preset)
@@ -370,7 +412,8 @@ def _drawn_from(pipe, captions, seed, settings) -> dict:
     upsampling = pipe.preset.upsampler.sampling if settings.get('upsample') else {}
     if not upsampling: weights.pop('upsampler', None)
     without_size = lambda d: {k: v for k, v in d.items() if k != 'batch_size'}
-    return {'captions': captions, 'seed': seed, 'diffusion': pipe.preset.diffusion, 'sampling': without_size(sampling | {'upsample': False} | settings),
+    return {'captions': captions, 'seed': seed, 'diffusion': pipe.preset.diffusion,
+            'sampling': without_size(sampling | {'upsample': False} | settings),
             'upsampling': without_size(upsampling), 'weights': weights}
 
 
@@ -379,7 +422,8 @@ def read_settings(path: Path) -> dict:
     try: settings = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: settings = {}
     if not isinstance(settings, dict) or not isinstance(settings.get('captions'), list) or 'seed' not in settings:
-        raise ValueError(f"{path} is incomplete or something else, so nobody knows how pictures beside it were drawn: name another folder, or delete this one")
+        raise ValueError(f"{path} is incomplete or something else, so nobody knows how pictures beside it were drawn: name another folder, "
+                         f"or delete this one")
     return settings
 
 
@@ -399,13 +443,18 @@ def _keep_settings(folder: Path, new: dict):
     "Write the settings of a folder of pictures; if it has others, refuse it. Captions may only be more or fewer."
     path, new = folder/'settings.json', json.loads(json.dumps(new, default=lambda value: value.item()))
     drawn = any(folder.glob('[!.]*.png'))
-    if drawn and not path.is_file(): raise ValueError(f"{folder} holds pictures and no settings.json, so nobody knows how they were drawn: name another folder, or delete this one")
+    if drawn and not path.is_file():
+        raise ValueError(f"{folder} holds pictures and no settings.json, so nobody knows how they were drawn: name another folder, or "
+                         f"delete this one")
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of') if k in d}).items() if not isinstance(v, dict)} for d in (old, new))
+    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of') if k in d}).items()
+                     if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if _differ(k, there.get(k), asked.get(k))), None)
-    if wrong: raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): name another folder, or delete this one")
+    if wrong:
+        raise ValueError(f"{folder} holds pictures of other settings ({wrong} is {there.get(wrong)!r} there and {asked.get(wrong)!r} now): "
+                         f"name another folder, or delete this one")
     if len(new['captions']) > n: save_json(path, new)
 
 
@@ -441,8 +490,11 @@ def draw_to_folder(
     each = labels is not None and not isinstance(labels, (str, numbers.Integral))
     if settings.get('upsample'): pipe._check_upsampling(labels, settings.get('upsampler_noise'), len(captions))
     if each: labels = [int(k) for k in settings.pop('upsampler_label')]
-    if 'translate' in settings: raise ValueError("pictures in a folder are drawn from embeddings: leave translate to the function that makes them, as in pipe.embed_captions(captions, translate=False)")
-    if other := settings.keys() & {'base_image', 'mask', 'latents'}: raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
+    if 'translate' in settings:
+        raise ValueError("pictures in a folder are drawn from embeddings: leave translate to the function that makes them, as in "
+                         "pipe.embed_captions(captions, translate=False)")
+    if other := settings.keys() & {'base_image', 'mask', 'latents'}:
+        raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {}) | ({'made_of': made_of} if made_of else {})
     _keep_settings(folder, drawn_from)
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]

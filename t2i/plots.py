@@ -35,7 +35,8 @@ def _drawable(text):
     has = lambda c: c.isspace() or c == '\u200d' or ord(c) in _glyphs()
     text = text.replace('\ufe0f', '')
     if not text.isascii(): text = emoji_pattern().sub(lambda found: found[0] if all(map(has, found[0])) else f' {emoji_names()[found[0]]} ', text)
-    named = ''.join(c if has(c) else '□' if unicodedata.category(c)[0] in 'LM' else f" {unicodedata.name(c, '').lower()} " for c in text).replace('\u200d', '')
+    named = ''.join(c if has(c) else '□' if unicodedata.category(c)[0] in 'LM' else f" {unicodedata.name(c, '').lower()} "
+                    for c in text).replace('\u200d', '')
     return re.sub(' {2,}', ' ', named).replace(' ,', ',').strip(' ')
 
 
@@ -143,11 +144,12 @@ def show_similarity(
     "A matrix of similarities as a heat map with its numbers, the images at the rows and the captions at the columns."
     matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix, dtype=float)
     rows, columns = matrix.shape
-    figure, axis = plt.subplots(figsize=(0.55*columns + 0.8, 0.55*rows + (1.4 if captions else 0.1)), layout='constrained')
+    figure, axis = plt.subplots(figsize=(0.65*columns + 0.9, 0.65*rows + (1.6 if captions else 0.1)), layout='constrained')
     axis.imshow(matrix, cmap='Blues')
     for (i, j), value in np.ndenumerate(matrix):
-        axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6.5, color='white' if value > matrix.min() + 0.65*np.ptp(matrix) else 'black')
-    axis.set_xticks(range(columns), captions or ['']*columns, rotation=60, ha='left', fontsize=7, rotation_mode='anchor')
+        axis.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=8.5, color='white' if value > matrix.min() + 0.65*np.ptp(matrix)
+                  else 'black')
+    axis.set_xticks(range(columns), captions or ['']*columns, rotation=60, ha='left', fontsize=9, rotation_mode='anchor')
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axis.set_yticks([])
     for i, picture in enumerate([] if images is None else as_pictures(images)):

@@ -200,7 +200,8 @@ def _read_parquet(path, rows: int = 256):
                     data, said = columns[image][i], columns[caption][i]
                     name = columns[key][i] if key and columns[key][i] is not None else f'{path.stem}-{row:09}'
                     row += 1
-                    yield make_sample(name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name, data.get('bytes') if isinstance(data, dict) else data,
+                    yield make_sample(name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name,
+                                      data.get('bytes') if isinstance(data, dict) else data,
                                       said if isinstance(said, list) else [said], _text(columns[split][i]) if split else '')
         except Exception: yield Skipped(_key(f'{path.stem} from row {row}'), 'damaged shard', max(1, total - row))
 
@@ -235,7 +236,8 @@ def _rows(path) -> int:
     with zipfile.ZipFile(path) as archive:
         stream, shape, dtype = _open_array(archive, 'data')
         with stream: n, d = shape[0], math.prod(shape[1:])
-    if dtype != np.uint8 or d != 3*math.isqrt(d//3)**2 or not d or n*d > 1100*path.stat().st_size: raise ValueError('no pictures, or more than deflate can hold')
+    if dtype != np.uint8 or d != 3*math.isqrt(d//3)**2 or not d or n*d > 1100*path.stat().st_size:
+        raise ValueError('no pictures, or more than deflate can hold')
     return n
 
 
@@ -257,18 +259,23 @@ def _read_npz(path, start, stop, names):
                     data = stream.read(d)
                     if len(data) < d: raise EOFError
                     image = np.frombuffer(data, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
-                    yield _captioned(f'{path.stem}-{row:06}', np.ascontiguousarray(image), None if labels is None else names.get(str(labels[row]), ''))
+                    yield _captioned(f'{path.stem}-{row:06}', np.ascontiguousarray(image),
+                                     None if labels is None else names.get(str(labels[row]), ''))
     except Exception: yield Skipped(_key(f'{path.stem} from row {row}'), 'damaged shard', stop - row)
 
 
 def npz_shards(path, class_captions=False) -> list:
     "The raw shards of one npz file."
     try: n = _rows(path)
-    except Exception: return [Shard(_key(path.stem), _signature([_content(path)]), lambda: iter([Skipped(_key(path.name), 'damaged shard' if path.stat().st_size else 'empty file')]))]
+    except Exception:
+        return [Shard(_key(path.stem), _signature([_content(path)]),
+                      lambda: iter([Skipped(_key(path.name), 'damaged shard' if path.stat().st_size else 'empty file')]))]
     names = _class_names(path.parent) if class_captions else None
-    if names is not None and not any(map(str.isdigit, names)): raise ValueError(f"{path.parent} has no map_clsloc.txt with the names of the classes: put it there, or leave out --class-captions")
+    if names is not None and not any(map(str.isdigit, names)):
+        raise ValueError(f"{path.parent} has no map_clsloc.txt with the names of the classes: put it there, or leave out --class-captions")
     signature = _signature([_content(path), names and sorted(names.items())])
-    return [Shard(f'{_key(path.stem)}-{i//PER_SHARD:05}', signature, partial(_read_npz, path, i, min(i + PER_SHARD, n), names)) for i in range(0, n, PER_SHARD)]
+    return [Shard(f'{_key(path.stem)}-{i//PER_SHARD:05}', signature, partial(_read_npz, path, i, min(i + PER_SHARD, n), names))
+            for i in range(0, n, PER_SHARD)]
 
 
 def _pictures_in(folder) -> list:
@@ -299,7 +306,8 @@ def tar_shards(paths, class_captions=False) -> list:
     names, shards = _class_names(paths[0].parent) if class_captions else {}, []
     for path in paths:
         alone, name = _pictures_alone(path), names.get(path.stem, path.stem.replace('_', ' ')) if class_captions else None
-        shards.append(Shard(_key(path.stem), _signature([name, _content(path)] if alone and name else [_content(path)]), partial(_read_tar, path, alone=alone, name=name)))
+        shards.append(Shard(_key(path.stem), _signature([name, _content(path)] if alone and name else [_content(path)]),
+                            partial(_read_tar, path, alone=alone, name=name)))
     return shards
 
 
@@ -315,7 +323,8 @@ def class_shards(root, class_captions=False) -> list:
         name = names.get(folder.name, folder.name.replace('_', ' ')) if class_captions else None
         for i in range(0, len(entries), PER_SHARD):
             part = entries[i:i + PER_SHARD]
-            shards.append(Shard(f"{_key(folder.relative_to(root).as_posix()).replace('/', '-')}-{i//PER_SHARD:05}", _signature([name, *((e.name, *_stat(e)[:1]) for e in part)]),
+            shards.append(Shard(f"{_key(folder.relative_to(root).as_posix()).replace('/', '-')}-{i//PER_SHARD:05}",
+                                _signature([name, *((e.name, *_stat(e)[:1]) for e in part)]),
                                 partial(_read_class, folder, root, i, i + PER_SHARD, name)))
     return shards
 
@@ -374,7 +383,8 @@ class CocoCaptions:
         self.images = self.folder/f'{split}{year}'
         self.annotations = self.folder/f'annotations/captions_{split}{year}.json'
         if not self.annotations.is_file():
-            raise FileNotFoundError(f"{self.annotations} is missing: get {COCO}/annotations/annotations_trainval{year}.zip and unzip it in {self.folder}")
+            raise FileNotFoundError(f"{self.annotations} is missing: get {COCO}/annotations/annotations_trainval{year}.zip and unzip it in "
+                                    f"{self.folder}")
         if not self.images.is_dir():
             raise FileNotFoundError(f"{self.images} is missing: get {COCO}/zips/{split}{year}.zip and unzip it in {self.folder}")
 
@@ -392,12 +402,14 @@ class CocoCaptions:
             raise ValueError(f"{self.annotations} is not MS-COCO's file of captions: unzip annotations_trainval{self.year}.zip again") from None
         rows = [(str(i), str(self.path(i)), cs[:5]) for i, cs in sorted(captions.items())]
         for _, path, _ in rows[:1] + rows[-1:]:
-            if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: get {COCO}/zips/{self.split}{self.year}.zip and unzip it in {self.folder}")
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path} is missing: get {COCO}/zips/{self.split}{self.year}.zip and unzip it in {self.folder}")
         return pd.DataFrame(rows, columns=['key', 'path', 'captions'])
 
     def one_caption(self, seed: int = 0) -> pd.Series:
         "One of each picture's captions, drawn with `seed` and the picture's key: it does not depend on the other pictures."
-        return pd.Series([c[int(hash_fraction(f'{seed}/{k}')*len(c))] for k, c in zip(self.table.key, self.table.captions)], self.table.index, name='caption')
+        return pd.Series([c[int(hash_fraction(f'{seed}/{k}')*len(c))] for k, c in zip(self.table.key, self.table.captions)],
+                         self.table.index, name='caption')
 
 def _coco_captions(root): return sorted((root/'annotations').glob('captions_*20[0-9][0-9].json'))
 
@@ -406,17 +418,21 @@ def coco_shards(root) -> list:
     "The raw shards of the splits of MS-COCO whose pictures are in a folder; 'val' is for validation."
     found, shards = [(f.stem[9:-4], int(f.stem[-4:])) for f in _coco_captions(root)], []
     present = [f for f in found if (root/'{}{}'.format(*f)).is_dir()] or found[-1:]
-    if len({year for _, year in present}) > 1: raise ValueError(f"{root} holds MS-COCO of several years, which share pictures: leave the folders of one year")
+    if len({year for _, year in present}) > 1:
+        raise ValueError(f"{root} holds MS-COCO of several years, which share pictures: leave the folders of one year")
     for split, year in present:
         table = CocoCaptions(root, split, year).table
         for i in range(0, len(table), PER_SHARD):
             part = table.iloc[i:i + PER_SHARD]
-            shards.append(Shard(f'{split}{year}-{i//PER_SHARD:05}', _signature(zip(part.key, part.captions, (_stat(Path(p))[:1] for p in part.path))), partial(_read_coco, part, 'train' if split == 'train' else 'validation')))
+            shards.append(Shard(f'{split}{year}-{i//PER_SHARD:05}',
+                                _signature(zip(part.key, part.captions, (_stat(Path(p))[:1] for p in part.path))),
+                                partial(_read_coco, part, 'train' if split == 'train' else 'validation')))
     return shards
 
 
 def _read_coco(part, split):
-    for row in part.itertuples(): yield make_sample(f'{Path(row.path).stem}', Path(row.path) if os.path.exists(row.path) else None, row.captions, split)
+    for row in part.itertuples():
+        yield make_sample(f'{Path(row.path).stem}', Path(row.path) if os.path.exists(row.path) else None, row.captions, split)
 
 # %% ../nbs/lib/readers.ipynb #e70f3a90
 FILE_COLUMNS, CAPTION_COLUMNS = ('file', 'file_name', 'filename', 'image', 'path'), ('caption', 'captions', 'text')
@@ -429,7 +445,8 @@ def _table_rows(path):
         else:
             first = f.readline()
             f.seek(0)
-            rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ';' if ';' in first and ',' not in first else ',', skipinitialspace=True)
+            rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ';' if ';' in first and ',' not in first else ',',
+                                  skipinitialspace=True)
             try: rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
             except csv.Error: rows.fieldnames = []  # Python 3.10 reads no line with a zero byte
             if not (set(FILE_COLUMNS) & set(rows.fieldnames or ()) and set(CAPTION_COLUMNS) & set(rows.fieldnames or ())):
@@ -442,7 +459,8 @@ def _table_rows(path):
             pick = lambda names: next((row[n] for n in names if row.get(n) is not None), None) if isinstance(row, dict) else None
             file, said = pick(FILE_COLUMNS), pick(CAPTION_COLUMNS)
             if not isinstance(file, str) or not file.strip() or '\0' in file: yield Skipped(f'{path.name} row {number}', 'malformed row')
-            elif any(row.get(None, ())): yield Skipped(f'{path.name} row {number}', 'more fields than columns: quote a caption with a comma')  # what stands before the comma is not all
+            # what stands before the comma is not all
+            elif any(row.get(None, ())): yield Skipped(f'{path.name} row {number}', 'more fields than columns: quote a caption with a comma')
             else: yield file, said if isinstance(said, list) else [said]
 
 
@@ -474,14 +492,16 @@ def _read_described(root, items, validation):
         path, captions = Path(item[0]), item[1]
         if isinstance(captions, Path): captions = [captions.read_bytes()] if captions.is_file() and captions.stat().st_size < 2**20 else []
         key = path.relative_to(root).as_posix()
-        yield make_sample(key, path, list(dict.fromkeys(c if isinstance(c, (str, bytes)) else '' for c in captions)), 'validation' if str(path) in validation else 'train')
+        yield make_sample(key, path, list(dict.fromkeys(c if isinstance(c, (str, bytes)) else '' for c in captions)),
+                          'validation' if str(path) in validation else 'train')
 
 
 def picture_shards(root, table=None) -> list:
     "The raw shards of a folder of pictures with captions in `.txt` files, or in the CSV, TSV or JSONL `table`."
     entries, items = _described(root, table)
     described = [i[0] for i in items if not isinstance(i, Skipped) and (any(_stat(i[1])[:1]) if isinstance(i[1], Path) else i[1])]
-    validation = set(sorted(described, key=lambda p: hash_fraction(_key(Path(p).relative_to(root).as_posix())))[:math.ceil(VALIDATION*len(described))])
+    validation = set(sorted(described,
+                            key=lambda p: hash_fraction(_key(Path(p).relative_to(root).as_posix())))[:math.ceil(VALIDATION*len(described))])
     def mark(item):
         if isinstance(item, Skipped): return item
         path, captions = item
@@ -499,10 +519,13 @@ def find_shards(
 ) -> list:
     "The raw shards in a folder, by what is in it; a `ValueError` if nothing fits."
     folder = Path(os.path.abspath(folder))
-    if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: name one with img2dataset's shards, ImageNet, MS-COCO or pictures with captions")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: {'name the folder of this file, or' if folder.exists() else 'name'} one "
+                                f"with img2dataset's shards, ImageNet, MS-COCO or pictures with captions")
     if _coco_captions(folder): return coco_shards(folder)
     if paths := _files(folder, '.tar'): return tar_shards(paths, class_captions)
-    if paths := list(filter(_with_pictures, _files(folder, '.parquet'))): return [Shard(_key(p.stem), _signature([_content(p)]), partial(_read_parquet, p)) for p in paths]
+    if paths := list(filter(_with_pictures, _files(folder, '.parquet'))):
+        return [Shard(_key(p.stem), _signature([_content(p)]), partial(_read_parquet, p)) for p in paths]
     if paths := _files(folder, '.npz'): return [shard for p in paths for shard in npz_shards(p, class_captions)]
     if tables := _files(folder, '.csv', '.tsv', '.jsonl'):
         if len(tables) > 1: raise ValueError(f"{folder} holds {', '.join(t.name for t in tables)}: leave the one that describes the pictures")
@@ -510,6 +533,9 @@ def find_shards(
     some = [f for f in _folders(folder) if _pictures_in(f)]
     if any(map(_has_captions, some)): return picture_shards(folder)
     if some and some[0] != folder: return class_shards(folder, class_captions)
-    if some: raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file and caption; for a decoder alone, which needs no captions, put them into a folder in this one")
-    raise ValueError(f"{folder} holds nothing that can be read: expected .tar or .parquet shards with pictures, ImageNet as .npz, in tars or in folders, "
+    if some:
+        raise ValueError(f"{folder} holds pictures without captions: put a .txt beside each, or one .csv or .jsonl with the columns file "
+                         f"and caption; for a decoder alone, which needs no captions, put them into a folder in this one")
+    raise ValueError(f"{folder} holds nothing that can be read: expected .tar or .parquet shards with pictures, ImageNet as .npz, in tars "
+                     f"or in folders, "
                      "MS-COCO with its annotations, or pictures with captions")

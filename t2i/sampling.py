@@ -32,7 +32,8 @@ def _timesteps(diffusion, x, progress):
 
 def _noise_like(x, generators):
     if generators is None or len(generators) != len(x):
-        raise ValueError(f"a random sampler needs one generator for each of the {len(x)} images, got {len(generators or [])}: use make_generators(seed, {len(x)})")
+        raise ValueError(f"a random sampler needs one generator for each of the {len(x)} images, got {len(generators or [])}: use "
+                         f"make_generators(seed, {len(x)})")
     return randn(x.shape[1:], generators, x.device).to(x.dtype)
 
 # %% ../nbs/lib/sampling.ipynb #f7086532
@@ -125,6 +126,11 @@ def sample(
     **options,  # hook, progress, eta: see the sampler
 ) -> Tensor:  # images [N, C, H, W]
     "The images at the end of a sampler's steps; a `FloatingPointError` if they are no numbers."
-    for step in get_sampler(sampler)(denoiser, diffusion, x_T, generators, **options): pass
-    if step.x.isnan().any(): raise FloatingPointError("the network drew what is not a number: its weights are damaged, latents or guidance are far too large, or numbers too large for 16 bits, where T2I_PRECISION=float32 helps")
+    for step in get_sampler(sampler)(denoiser, diffusion, x_T, generators, **options):
+        if not isinstance(step, Step):
+            raise TypeError(f"the sampler {sampler!r} gave a {type(step).__name__}: a sampler is a generator function that yields a "
+                            f"Step(t, x, x_0) for every timestep")
+    if step.x.isnan().any():
+        raise FloatingPointError("the network drew what is not a number: its weights are damaged, latents or guidance are far too large, "
+                                 "or numbers too large for 16 bits, where T2I_PRECISION=float32 helps")
     return step.x

@@ -30,14 +30,19 @@ class Task:
     "What the loop trains. A task has `model`, and overrides the methods below."
     model: nn.Module
     contrastive = False  # whether the loss compares the examples of a batch with each other
-    gpu = False  # whether a GPU trains, and can itself draw what is large and of one kind for all examples, such as noise, much faster: the loop sets it
+    # whether a GPU trains, and can itself draw what is large and of one kind for all examples, such as noise, much faster: the loop sets it
+    gpu = False
     used = 0.  # the share of the training's budget that is used up: the loop sets it before each step
 
     def __len__(self) -> int: "Number of training examples."; raise TypeError(f'{type(self).__name__} must define __len__')
-    def batch(self, indices, generators): "Tensors [N, …] of the examples at `indices`, on the CPU; what is random about an example is drawn from its generator."; raise TypeError(f'{type(self).__name__} must define batch')
-    def loss(self, model, batch) -> dict: "{'loss': scalar tensor, …}: 'loss' is minimised, the others are logged."; raise TypeError(f'{type(self).__name__} must define loss')
+    def batch(self, indices, generators):
+        "Tensors [N, …] of the examples at `indices`, on the CPU; what is random about an example is drawn from its generator."
+        raise TypeError(f'{type(self).__name__} must define batch')
+    def loss(self, model, batch) -> dict:
+        "{'loss': scalar tensor, …}: 'loss' is minimised, the others are logged."; raise TypeError(f'{type(self).__name__} must define loss')
     def validate(self, model) -> dict: "Numbers measured on held-out examples, with the averaged weights in eval mode."; return {}
-    def held_out_examples(self): "What tells the examples of `validate` from others, in a few letters: the best of them is no measure for others."; return ''
+    def held_out_examples(self):
+        "What tells the examples of `validate` from others, in a few letters: the best of them is no measure for others."; return ''
     def samples(self, model): "A PIL picture of what the model can do, or None."; return None
     def metadata(self) -> dict: "Kept in the header of the weights file."; return {}
 
@@ -67,7 +72,8 @@ def mixed(
 ) -> tuple:
     "Tensors [N, …] of a batch, and where each example is from, LongTensor [N]: k for `others[k]`, which its own generator decides with that data set's chance, or len(others) for the task's own at its index. A `ValueError` if the chances add up to more than 1."
     shares = torch.tensor([share for share, *_ in others], dtype=torch.float64)
-    if shares.sum() > 1 + 1e-9: raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
+    if shares.sum() > 1 + 1e-9:
+        raise ValueError("the shares of other pictures in a batch add up to more than 1: lower recoloured or composed in the preset")
     if not shares.any(): return *draw(indices, generators), torch.full((len(indices),), len(others))
     which, parts, places = torch.bucketize(rand(generators).double(), shares.cumsum(0), right=True), [], []
     for k in which.unique().tolist():
@@ -131,7 +137,8 @@ class Muon(torch.optim.Adam):
         "A step of weights of one shape."
         ahead = []
         for p in weights:
-            if not self.state[p]: self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # Adam's loader asks every weight for a step
+            # Adam's loader asks every weight for a step
+            if not self.state[p]: self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
             mean = self.state[p]['momentum'].lerp_(p.grad, 1 - self.momentum)
             ahead.append(p.grad.lerp(mean, self.momentum).flatten(1))  # Nesterov's
             p.grad = None
@@ -149,7 +156,8 @@ class Energy:
         from codecarbon import OfflineEmissionsTracker
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            self.tracker = OfflineEmissionsTracker(country_iso_code='CHE', save_to_file=False, log_level='critical', measure_power_secs=30, allow_multiple_runs=True, **({'gpu_ids': gpus} if gpus else {}))
+            self.tracker = OfflineEmissionsTracker(country_iso_code='CHE', save_to_file=False, log_level='critical', measure_power_secs=30,
+                                                   allow_multiple_runs=True, **({'gpu_ids': gpus} if gpus else {}))
             self.tracker.start()
 
     def read(self) -> dict:
@@ -223,7 +231,8 @@ def make_config(config, device: torch.device) -> TrainConfig:
     "The settings on this hardware; a `ValueError` names an unknown key."
     if isinstance(config, dict):
         known = {f.name for f in fields(TrainConfig)}
-        if not isinstance(config.get('cpu', {}), dict): raise ValueError(f"the training's cpu is {config['cpu']!r}: it is a section of settings that are different without a GPU")
+        if not isinstance(config.get('cpu', {}), dict):
+            raise ValueError(f"the training's cpu is {config['cpu']!r}: it is a section of settings that are different without a GPU")
         for key in (*config, *config.get('cpu', ())):
             if key not in known: raise ValueError(f"a training has no setting {key!r}: use {', '.join(sorted(known))}")
         config = TrainConfig(**config)
@@ -231,13 +240,18 @@ def make_config(config, device: torch.device) -> TrainConfig:
     for f in fields(TrainConfig):
         value, kind = getattr(config, f.name), f.type if isinstance(f.type, type) else int
         if value is None and kind is not f.type: continue
-        if not isinstance(value, _KINDS.get(kind, kind)) or isinstance(value, bool) and kind is not bool or kind is tuple and [isinstance(v, numbers.Real) for v in value] != [True, True]:
+        if not isinstance(value, _KINDS.get(kind, kind)) or isinstance(value, bool) and kind is not bool or kind is tuple and [isinstance(v,
+                numbers.Real) for v in value] != [True, True]:
             raise ValueError(f"the training's {f.name} is {value!r}: it should be {_KIND_NAMES[kind]}")
-    for key in ('batch_size', 'micro_batch', 'steps', 'decay_steps', 'log_every', 'validate_every', 'sample_every', 'learning_rate', 'clip_norm', 'explosion'):
+    for key in ('batch_size', 'micro_batch', 'steps', 'decay_steps', 'log_every', 'validate_every', 'sample_every', 'learning_rate',
+                'clip_norm', 'explosion'):
         value = getattr(config, key)
         if value is not None and not value > 0: raise ValueError(f"the training's {key} is {value}: it must be more than 0")
-    if not 0 <= config.ema < 1: raise ValueError(f"the training's ema is {config.ema}: the rate of an average is a number from 0 (none) to less than 1")
-    if config.patience and not config.keep_best: raise ValueError(f"the training's patience is {config.patience} and nothing says what should get better: set keep_best to a number of the validation")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"the training's ema is {config.ema}: the rate of an average is a number from 0 (none) to less than 1")
+    if config.patience and not config.keep_best:
+        raise ValueError(f"the training's patience is {config.patience} and nothing says what should get better: set keep_best to a number "
+                         f"of the validation")
     return config
 
 
@@ -279,13 +293,16 @@ class _Run:
     def __init__(self, task, config, out, seed, device, hours, initial, progress):
         from accelerate import Accelerator
         from torch.distributed.checkpoint import state_dict
-        self.states, self.full = state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # a model in one piece, wherever its pieces are
+        # a model in one piece, wherever its pieces are
+        self.states, self.full = state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         self.task, self.out, self.seed, self.hours = task, Path(out), seed, hours
         self.began_from = self.written_at()
         device = get_device(device)
         self.c, self.gpu = make_config(config, device), device.type == 'cuda'
         state = process_state(device)
-        if state.device.type != device.type: raise ValueError(f"this Python process works on {state.device.type} already and cannot train on {device.type} too: start a new one (in Jupyter, restart the kernel)")
+        if state.device.type != device.type:
+            raise ValueError(f"this Python process works on {state.device.type} already and cannot train on {device.type} too: start a new "
+                             f"one (in Jupyter, restart the kernel)")
         self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if uses_bfloat16(device) else 'no')
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.progress, self.group = progress and self.main, dist.new_group(backend='gloo') if self.processes > 1 else None
@@ -300,9 +317,12 @@ class _Run:
         "Which examples of a batch are this process's, and in what pieces."
         c, name = self.c, type(self.task).__name__
         share, rest = divmod(c.batch_size, self.processes)
-        if rest: raise ValueError(f"{self.processes} processes cannot share a batch of {c.batch_size} equally: set batch_size to a multiple of {self.processes}")
+        if rest:
+            raise ValueError(f"{self.processes} processes cannot share a batch of {c.batch_size} equally: set batch_size to a multiple of "
+                             f"{self.processes}")
         self.micro_batch = min(c.micro_batch or share, share)
-        if share % self.micro_batch: raise ValueError(f"a share of {share} examples cannot be cut into pieces of {c.micro_batch}: set micro_batch to a divisor of {share}")
+        if share % self.micro_batch:
+            raise ValueError(f"a share of {share} examples cannot be cut into pieces of {c.micro_batch}: set micro_batch to a divisor of {share}")
         if self.task.contrastive and self.micro_batch < c.batch_size:
             raise ValueError(f"the loss of {name} compares all examples of a batch: train it in one process, without micro_batch")
         self.mine = slice(self.rank*share, (self.rank + 1)*share)
@@ -331,7 +351,9 @@ class _Run:
         now = self.task.metadata()
         check_learned(source, metadata, {k: v for k, v in now.items() if k in ('target', 'schedule', 'timesteps')})
         if state and metadata.get('statistics', now.get('statistics')) != now.get('statistics'):
-            raise ValueError(f"{source} has learned from embeddings that were standardised with other statistics than those of the prepared pictures now: name the folder of the pictures it began with, or begin another run with these weights as the first ones (--initial)")
+            raise ValueError(f"{source} has learned from embeddings that were standardised with other statistics than those of the "
+                             f"prepared pictures now: name the folder of the pictures it began with, or begin another run with these "
+                             f"weights as the first ones (--initial)")
         load_into(self.task.model, tensors, source)
 
     def distribute(self, model):
@@ -351,13 +373,16 @@ class _Run:
     def make_optimizer(self):
         c, optimizers = self.c, {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'muon': Muon}
         if c.optimizer not in optimizers: raise ValueError(f"unknown optimizer {c.optimizer!r}: use 'adam', 'adamw' or 'muon'")
-        if c.fsdp and torch.__version__ < '2.9': raise ValueError(f"with torch {torch.__version__}, fsdp trains with other losses than one process or not at all: install torch 2.9 or newer, or leave fsdp out")
+        if c.fsdp and torch.__version__ < '2.9':
+            raise ValueError(f"with torch {torch.__version__}, fsdp trains with other losses than one process or not at all: install torch "
+                             f"2.9 or newer, or leave fsdp out")
         if c.optimizer == 'muon' and c.fsdp: raise ValueError("muon needs whole matrices, and fsdp cuts them: take 'adam', or leave fsdp out")
         return optimizers[c.optimizer](self.parameters, lr=c.learning_rate, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=True)
 
     def go_on(self, state):
         "From where a checkpoint was written, with the preset's settings of now."
-        for name, _ in self.task.model.named_parameters(): state['optimizer']['state'].setdefault(name, {})  # a weight without gradient has none, and torch 2.6 asks for it
+        # a weight without gradient has none, and torch 2.6 asks for it
+        for name, _ in self.task.model.named_parameters(): state['optimizer']['state'].setdefault(name, {})
         self.states.set_optimizer_state_dict(self.model, self.optimizer, state['optimizer'], options=replace(self.full, strict=False))
         for group in self.optimizer.param_groups: group.update(betas=tuple(self.c.betas), weight_decay=self.c.weight_decay)
         for k in self.counts: setattr(self, k, state[k])
@@ -391,14 +416,18 @@ class _Run:
 
     def save(self, energy):
         with self.evaluation(): average = self.tensors() if self.average else None
-        state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer, options=self.full),
-                 'energy': energy, 'task': self.task.metadata(), 'held_out': self.task.held_out_examples(), **{k: getattr(self, k) for k in self.counts}}
+        state = {'model': self.tensors(), 'average': average, 'optimizer': self.states.get_optimizer_state_dict(self.model, self.optimizer,
+            options=self.full),
+                 'energy': energy, 'task': self.task.metadata(), 'held_out': self.task.held_out_examples(),
+                 **{k: getattr(self, k) for k in self.counts}}
         if not self.main: return
-        if not self.c.keep_best or self.best == math.inf: self.save_weights(average or state['model'])  # before the checkpoint, which may say that nothing is left to do
+        # before the checkpoint, which may say that nothing is left to do
+        if not self.c.keep_best or self.best == math.inf: self.save_weights(average or state['model'])
         with self.write(), atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
 
     def save_weights(self, tensors):
-        with self.write(): save_weights(self.out/'weights.safetensors', tensors, {**self.task.metadata(), 'step': self.step, 'examples': self.examples})
+        with self.write():
+            save_weights(self.out/'weights.safetensors', tensors, {**self.task.metadata(), 'step': self.step, 'examples': self.examples})
 
     # -- one step -----------------------------------------------------------------------------------------------
     @property
@@ -419,7 +448,8 @@ class _Run:
         indices = batch_indices(len(self.task), c.batch_size, step, self.seed)[self.mine]
         generators = make_generators(generator, c.batch_size)[self.mine]
         seed = int(torch.randint(2**62, (), generator=generator)) + self.rank
-        pieces = [self.task.batch(indices[i:i + self.micro_batch], generators[i:i + self.micro_batch]) for i in range(0, len(indices), self.micro_batch)]
+        pieces = [self.task.batch(indices[i:i + self.micro_batch], generators[i:i + self.micro_batch])
+                  for i in range(0, len(indices), self.micro_batch)]
         if self.gpu: pieces = [[b.pin_memory() for b in piece] for piece in pieces]  # a GPU fetches it while it computes
         return pieces, seed
 
@@ -484,7 +514,8 @@ class _Run:
         with torch.no_grad(): swap()
         self.model.eval()
         try:
-            with torch.no_grad(), torch.compiler.set_stance('force_eager' if self.c.compile else 'default'): yield self.accelerator.unwrap_model(self.model)
+            with torch.no_grad(), torch.compiler.set_stance('force_eager' if self.c.compile else 'default'):
+                yield self.accelerator.unwrap_model(self.model)
         finally:
             with torch.no_grad(): swap()
             self.model.train()
@@ -493,7 +524,8 @@ class _Run:
         with self.evaluation() as model:
             numbers = self.task.validate(model)
             if self.c.keep_best:
-                if self.c.keep_best not in numbers: raise ValueError(f"keep_best is {self.c.keep_best!r}, which the validation does not measure: use one of {', '.join(numbers)}")
+                if self.c.keep_best not in numbers:
+                    raise ValueError(f"keep_best is {self.c.keep_best!r}, which the validation does not measure: use one of {', '.join(numbers)}")
                 value, = self.agree(numbers[self.c.keep_best])
                 self.since_best += 1
                 if value < self.best:
@@ -518,8 +550,11 @@ class _Run:
         totals = self.agree(*(float(v)/self.since/self.processes for v in self.sums.values()), op=dist.ReduceOp.SUM)
         row = dict(zip(self.sums, totals))
         good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        if not all(map(math.isfinite, totals)): raise FloatingPointError(f"the loss is {row['loss']} and the gradient's norm {row['gradient_norm']} at step {self.step}: lower the learning rate; {good}")
-        if 0 < self.c.explosion*lowest < row['loss']: raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
+        if not all(map(math.isfinite, totals)):
+            raise FloatingPointError(f"the loss is {row['loss']} and the gradient's norm {row['gradient_norm']} at step {self.step}: lower "
+                                     f"the learning rate; {good}")
+        if 0 < self.c.explosion*lowest < row['loss']:
+            raise FloatingPointError(f"the loss rose from {lowest:.4g} to {row['loss']:.4g} at step {self.step}: lower the learning rate; {good}")
         return row
 
     def terminate(self, number, _):
@@ -536,17 +571,23 @@ class _Run:
             return
         with open(self.out/'.lock', 'w') as lock:
             try: _lock(lock)
-            except BlockingIOError: raise ValueError(f"another process trains in {self.out}: wait until it has ended, or name another folder") from None
+            except BlockingIOError:
+                raise ValueError(f"another process trains in {self.out}: wait until it has ended, or name another folder") from None
             except OSError: pass  # a file system without locks
-            if self.written_at() != self.began_from: raise ValueError(f"another process has just trained in {self.out}: start again, to go on from where it ended")
+            if self.written_at() != self.began_from:
+                raise ValueError(f"another process has just trained in {self.out}: start again, to go on from where it ended")
             yield
 
     def run(self) -> Path:
         with self.alone(): return self.train()
 
     def train(self) -> Path:
-        if self.stopped_early and self.main: print(f"{self.out} stopped early ({self.step:,} steps), after {self.since_best} validations without a better one: nothing is left to train; raise patience in the [train.…] section of its preset, or name another folder")
-        elif self.finished and self.main: print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to train; give more, or name another folder")
+        if self.stopped_early and self.main:
+            print(f"{self.out} stopped early ({self.step:,} steps), after {self.since_best} validations without a better one: nothing is "
+                  f"left to train; raise patience in the [train.…] section of its preset, or name another folder")
+        elif self.finished and self.main:
+            print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to "
+                  f"train; give more, or name another folder")
         if self.main:
             for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
         rows = Log.read(self.out/'log.csv')
@@ -561,12 +602,14 @@ class _Run:
         start, saved = time.monotonic() - self.elapsed, time.monotonic()
         self.clock = time.process_time(), time.monotonic()
         try:
-            with tqdm(total=100, initial=round(100*self.used, 1), desc=self.out.name, unit='%', disable=not self.progress, mininterval=5, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
+            with tqdm(total=100, initial=round(100*self.used, 1), desc=self.out.name, unit='%', disable=not self.progress, mininterval=5,
+                      bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
                 while not self.finished and not self.terminated:
                     with enough_memory(*self.memory): numbers = self.train_step()
                     for k, v in numbers.items(): self.sums[k] = self.sums.get(k, 0) + v
                     self.since += 1
-                    self.elapsed, due, self.terminated = self.agree(time.monotonic() - start, time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
+                    self.elapsed, due, self.terminated = self.agree(time.monotonic() - start,
+                                                                    time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)
                     due, row, validates = due or self.finished or self.terminated, {}, self.step % self.c.validate_every == 0 or self.finished
                     if self.step % self.c.log_every == 0 or due or validates:
@@ -574,7 +617,8 @@ class _Run:
                         self.sums = {k: v*self.since for k, v in numbers.items()}  # of all processes alike, as a checkpoint keeps them
                     if self.step % self.c.log_every == 0 or self.finished:
                         row = numbers | {'learning_rate': self.optimizer.param_groups[0]['lr'], 'seconds': self.elapsed,
-                                         'examples_per_second': self.since*self.c.batch_size/(self.elapsed - self.logged), 'utilisation': self.utilisation()}
+                                         'examples_per_second': self.since*self.c.batch_size/(self.elapsed - self.logged),
+                                         'utilisation': self.utilisation()}
                         lowest = min(lowest, row['loss'])
                         bar.set_postfix(step=self.step, loss=f"{row['loss']:.4f}", refresh=False)
                         self.sums, self.since, self.logged = {}, 0, self.elapsed
@@ -596,6 +640,7 @@ class _Run:
             if self.main: print(f'{self.out} is saved at step {self.step:,}: the same command goes on from there')
             raise KeyboardInterrupt if self.terminated == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
         if self.main:
-            save_json(self.out/'energy.json', {**used, 'hours': self.elapsed/3600, 'how': energy.how(), 'steps': self.step, 'examples': self.examples, 'device': str(self.accelerator.device)})
+            save_json(self.out/'energy.json', {**used, 'hours': self.elapsed/3600, 'how': energy.how(), 'steps': self.step,
+                                               'examples': self.examples, 'device': str(self.accelerator.device)})
         self.accelerator.wait_for_everyone()
         return self.out/'weights.safetensors'

@@ -39,7 +39,8 @@ class TranslatorLayer(nn.Module):
     def __init__(self, width: int, expansion: int = 2, dropout: float = 0.):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.fn = nn.Sequential(nn.Linear(width, expansion*width), nn.GELU(), nn.Dropout(dropout), nn.Linear(expansion*width, width), nn.Dropout(dropout))
+        self.fn = nn.Sequential(nn.Linear(width, expansion*width), nn.GELU(), nn.Dropout(dropout), nn.Linear(expansion*width, width),
+                                nn.Dropout(dropout))
 
     def forward(self, x): return x + self.fn(self.norm(x))
 
@@ -107,7 +108,8 @@ class TranslatorTask(Task):
     ):
         self.preset, self.teacher, prepared = load_preset(preset), teacher, Path(prepared)
         self.invented = {name: PreparedDataset(Path(folder)/'train', captions=True) for name, folder in (invented or {}).items()}
-        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size) for split in ('train', 'validation'))
+        self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size)
+                                    for split in ('train', 'validation'))
         self.statistics = Statistics.load(prepared/'statistics.safetensors')
         self.model = make_translator(self.preset)
 
@@ -122,7 +124,8 @@ class TranslatorTask(Task):
 
     def batch(self, indices, generators):
         def draw(data, indices, generators): return self.pairs(data, indices, randint(data.captions_per_image, generators))
-        return mixed(indices, generators, partial(draw, self.data), [(self.preset.data[name], len(data), partial(draw, data)) for name, data in self.invented.items()])
+        return mixed(indices, generators, partial(draw, self.data),
+                     [(self.preset.data[name], len(data), partial(draw, data)) for name, data in self.invented.items()])
 
     def loss(self, model, batch):
         text, image, which = batch

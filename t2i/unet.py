@@ -34,7 +34,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x, scale=None, shift=None):
         "[N, C, …] → the same shape; with `scale` and `shift` [N, C] then times 1 + scale, plus shift."
-        as_it_is = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x[0, 0].numel() >= 1024 and not torch.is_grad_enabled()  # the kernel adds up in float32 by itself; it is slow on small maps, and backwards
+        # the kernel adds up in float32 by itself; it is slow on small maps, and backwards
+        as_it_is = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x[0, 0].numel() >= 1024 and not torch.is_grad_enabled()
         h = super().forward(x if as_it_is else x.float()).to(x.dtype)
         if scale is None: return h
         scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
@@ -105,8 +106,11 @@ class Attention(nn.Module):
 
     @staticmethod
     def _attend(q, k, v):
-        if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.shape[2] <= 64): return F.scaled_dot_product_attention(q, k, v)
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU in bfloat16 the fused kernel, forward and backward, takes seven times as long on 8×8 positions and ten times on 4×4; from 16×16 on it pays
+        if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.shape[2] <= 64):
+            return F.scaled_dot_product_attention(q, k, v)
+        # on a CPU in bfloat16 the fused kernel, forward and backward, takes seven times as long on 8×8 positions and ten times on 4×4; from
+        # 16×16 on it pays
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return weights.float().softmax(-1).to(v.dtype) @ v
 
     @staticmethod
@@ -158,7 +162,8 @@ class UNet(nn.Module):
         attention = lambda width: Attention(width, num_heads or width // num_head_channels, rescale_attention)
         self._build_stages(resblock, attention, channel_mult, num_res_blocks, attention_resolutions)
         self.seam_unshuffle, block, width = seam_unshuffle, seam_unshuffle ** 2, seam_channels
-        self.seams = Stage(nn.Conv2d(block * (out_channels + in_channels), width, 3, padding=1), *[resblock(width, width) for _ in range(seam_blocks)],
+        self.seams = Stage(nn.Conv2d(block * (out_channels + in_channels), width, 3, padding=1),
+                           *[resblock(width, width) for _ in range(seam_blocks)],
                            nn.SiLU(), zero(nn.Conv2d(width, block * out_channels, 3, padding=1))) if seam_channels else None
 
     def _build_embeddings(self, channels, emb_channels, linear_projection):
@@ -216,7 +221,8 @@ class UNet(nn.Module):
                 augmentation=None # what was done to the pictures, float [N, augmentation_size]; None: nothing
                 ): # float32 [N, out_channels, H, W]
         "One pass: what the network is trained to predict and, with learned variance, the variance channels behind it."
-        if (dtype := self.time_embed[0].weight.dtype) != torch.float32: raise ValueError(f"the weights of this U-Net are {dtype}: keep them in float32; torch.autocast multiplies in fewer bits.")
+        if (dtype := self.time_embed[0].weight.dtype) != torch.float32:
+            raise ValueError(f"the weights of this U-Net are {dtype}: keep them in float32; torch.autocast multiplies in fewer bits.")
         emb = self.embed(t, y, augmentation)
         x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
         h = F.pixel_unshuffle(x, self.pixel_unshuffle).contiguous(memory_format=torch.channels_last)
@@ -229,7 +235,8 @@ class UNet(nn.Module):
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
         h = F.pixel_shuffle(self.out(h).float(), self.pixel_unshuffle)
         if not self.seams: return h
-        mended = self._run(self.seams, F.pixel_unshuffle(torch.cat([h, x], dim=1), self.seam_unshuffle).contiguous(memory_format=torch.channels_last), emb)
+        mended = self._run(self.seams,
+                           F.pixel_unshuffle(torch.cat([h, x], dim=1), self.seam_unshuffle).contiguous(memory_format=torch.channels_last), emb)
         return h + F.pixel_shuffle(mended.float(), self.seam_unshuffle)
 
     def _run(self, stage, h, emb):

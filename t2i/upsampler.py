@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .convolution import weights_stay
 from .core import autocast, from_uint8, load_preset, make_generators, rand, randn, to_uint8
 from .data import PreparedDataset, Statistics
-from .decoder import guided_denoiser, make_diffusion, training_draws
+from .decoder import guidance_of, guided_denoiser, make_diffusion, training_draws
 from .diffusion import Diffusion
 from .guidance import static_threshold
 from .sampling import sample
@@ -43,7 +43,8 @@ class Upsampler(UNet):
         **settings,  # of the U-Net
     ):
         super().__init__(image_size, in_channels=6, embedding_size=embedding_size and embedding_size + LEVEL_FEATURES, **settings)
-        if residual and alphas_cumprod is None: raise ValueError(f"residual={residual} needs the alphas_cumprod of the process, as make_upsampler gives them")
+        if residual and alphas_cumprod is None:
+            raise ValueError(f"residual={residual} needs the alphas_cumprod of the process, as make_upsampler gives them")
         self.enlarge, self.residual = enlarge, residual
         self.register_buffer('alphas_cumprod', alphas_cumprod, persistent=False)
 
@@ -65,7 +66,9 @@ def condition(
 
 def _settings(preset):
     preset = load_preset(preset)
-    if 'upsampler' not in preset: raise ValueError(f"the preset {preset.name!r} has no upsampler: add the sections [upsampler], [upsampler.diffusion] and [upsampler.sampling], as the preset thesis has them")
+    if 'upsampler' not in preset:
+        raise ValueError(f"the preset {preset.name!r} has no upsampler: add the sections [upsampler], [upsampler.diffusion] and "
+                         f"[upsampler.sampling], as the preset thesis has them")
     return preset.upsampler
 
 
@@ -74,10 +77,12 @@ def make_upsampler(
 ) -> Upsampler:
     "The untrained network: noisy and enlarged image [N, 6, S, S], timestep [N] and condition → target [N, 3, S, S], or target and variance [N, 6, S, S]."
     settings, embedding_size = _settings(preset), load_preset(preset).clip.embedding_size
-    network = {k: v for k, v in settings.items() if k not in ('diffusion', 'sampling', 'drop', 'max_noise', 'redrawn', 'crop')}  # the last four are of training
+    # the last four are of training
+    network = {k: v for k, v in settings.items() if k not in ('diffusion', 'sampling', 'drop', 'max_noise', 'redrawn', 'crop')}
     if 'num_classes' not in network: network['embedding_size'] = embedding_size
     if 'residual' in network:
-        with torch.device('cpu'): network['alphas_cumprod'] = make_upsampler_diffusion(preset).alphas_cumprod.float()  # its numbers are needed even where a model is made without memory
+        # its numbers are needed even where a model is made without memory
+        with torch.device('cpu'): network['alphas_cumprod'] = make_upsampler_diffusion(preset).alphas_cumprod.float()
     return Upsampler(**network)
 
 
@@ -101,8 +106,10 @@ def with_low_res(
 # %% ../nbs/lib/upsampler.ipynb #cf1f7a4c
 def check_noise(model: Upsampler, noise: float):
     "A `ValueError` for a deviation that is negative or not finite, or not 0 where the upsampler has not learned from noisy pictures."
-    if not 0 <= noise < math.inf: raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
-    if noise and not model.embedding_size: raise ValueError(f"the upsampler's noise is {noise}, and this upsampler has not learned from noisy pictures: leave it at 0")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"the upsampler's noise is {noise}: give the deviation of the errors in pictures from -1 to 1, 0 or more")
+    if noise and not model.embedding_size:
+        raise ValueError(f"the upsampler's noise is {noise}, and this upsampler has not learned from noisy pictures: leave it at 0")
 
 
 def super_resolve(
@@ -194,8 +201,10 @@ def choose_labels(
     "The label of each picture."
     if isinstance(label, str) and label == 'zero-shot': return classify(low_res)
     labels = [label]*len(low_res) if isinstance(label, numbers.Integral) else label
-    if not isinstance(labels, (list, tuple, Tensor, np.ndarray)) or len(labels) != len(low_res) or not all(int(l) == l and 0 <= l < num_classes for l in labels):
-        raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one for each of the {len(low_res)} pictures")
+    if not isinstance(labels, (list, tuple, Tensor, np.ndarray)) or len(labels) != len(low_res) or not all(int(l) == l
+            and 0 <= l < num_classes for l in labels):
+        raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one "
+                         f"for each of the {len(low_res)} pictures")
     return torch.tensor([int(l) for l in labels])
 
 # %% ../nbs/lib/upsampler.ipynb #3ae29bbc
@@ -234,7 +243,9 @@ class UpsamplerTask(Task):
     ):
         self.preset, self.decoder = load_preset(preset), decoder
         self.diffusion, self.model, self.settings = make_upsampler_diffusion(self.preset), make_upsampler(self.preset), _settings(preset)
-        if self.diffusion.target != 'x0': raise ValueError(f"the upsampler learns the picture itself and the preset's target is {self.diffusion.target}: set target = \"x0\" in its [upsampler.diffusion]")
+        if self.diffusion.target != 'x0':
+            raise ValueError(f"the upsampler learns the picture itself and the preset's target is {self.diffusion.target}: set target = "
+                             f"\"x0\" in its [upsampler.diffusion]")
         self.statistics = Statistics.load(Path(prepared)/'statistics.safetensors')
         self.data, self.held_out = (self.pairs(Path(prepared)/split, Path(large)/split) for split in ('train', 'validation'))
 
@@ -244,12 +255,20 @@ class UpsamplerTask(Task):
         place = {key: i for i, key in enumerate(small.keys)}
         lacking = [key for key in large.keys if key not in place]
         for folder, keys in ((prepared, small.keys), (large.paths[0].parent, large.keys)):
-            if repeated := len(keys) - len({*keys}): raise ValueError(f"{repeated} of the {len(keys)} pictures in {folder} have a key that another one has, too, so that nobody knows which large picture is whose: prepare one source, or give the files of the sources different names")
+            if repeated := len(keys) - len({*keys}):
+                raise ValueError(f"{repeated} of the {len(keys)} pictures in {folder} have a key that another one has, too, so that nobody "
+                                 f"knows which large picture is whose: prepare one source, or give the files of the sources different names")
         size, wanted = large.shards[0]['images'].shape[1], self.model.image_size
-        if size != wanted: raise ValueError(f"the pictures in {large.paths[0].parent} have {size} pixels a side, and the upsampler of the preset draws {wanted}: prepare them in that size")
+        if size != wanted:
+            raise ValueError(f"the pictures in {large.paths[0].parent} have {size} pixels a side, and the upsampler of the preset draws "
+                             f"{wanted}: prepare them in that size")
         given, crop = small.shards[0]['images'].shape[1], self.settings.crop
-        if wanted % given or crop % (wanted//given): raise ValueError(f"the pictures in {prepared} have {given} pixels a side, those in {large.paths[0].parent} {wanted}, and crops {crop}: each must be a whole number of times as large, and a crop as many pixels of a small picture")
-        if lacking: raise ValueError(f"{len(lacking)} pictures in {large.paths[0].parent} are not in {prepared}, such as {lacking[0]!r}: prepare both from the same source")
+        if wanted % given or crop % (wanted//given):
+            raise ValueError(f"the pictures in {prepared} have {given} pixels a side, those in {large.paths[0].parent} {wanted}, and crops "
+                             f"{crop}: each must be a whole number of times as large, and a crop as many pixels of a small picture")
+        if lacking:
+            raise ValueError(f"{len(lacking)} pictures in {large.paths[0].parent} are not in {prepared}, such as {lacking[0]!r}: prepare "
+                             f"both from the same source")
         return small, large, torch.tensor([place[key] for key in large.keys])
 
     def __len__(self): return len(self.data[1])
@@ -274,11 +293,11 @@ class UpsamplerTask(Task):
     def redraw(self, x_0, y, generators):
         "What the decoder makes of small pictures, drawn as the preset draws, from timesteps that are drawn at random."
         if not generators: return x_0
-        diffusion, s, device = make_diffusion(self.preset, sampling=True), self.preset.sampling, next(self.decoder.parameters()).device
+        diffusion, device = make_diffusion(self.preset, sampling=True), next(self.decoder.parameters()).device
         low, high = self.redrawn_from
         t = diffusion.timesteps*(low + (high - low)*rand(generators))
         x_0, y, t, noise = (v.to(device) for v in (x_0, y, t.long(), randn(x_0.shape[1:], generators)))
-        with autocast(device): return redraw(diffusion, guided_denoiser(diffusion, self.decoder, y, s.guidance_scale, s.thresholding, s.percentile), x_0, t, noise).cpu()
+        with autocast(device): return redraw(diffusion, guided_denoiser(diffusion, self.decoder, y, **guidance_of(self.preset)), x_0, t, noise).cpu()
 
     @staticmethod
     def corner(x, size, generator, tries=8):
@@ -306,7 +325,8 @@ class UpsamplerTask(Task):
             x_0, *rest = self.examples(self.held_out, i, part)
             batch = [b.to(device) for b in (x_0, *rest, *training_draws(self.diffusion, x_0, 0., part))]
             enlarged = F.interpolate(rest[0], size=x_0.shape[-2:], mode=self.model.enlarge)
-            for k, v in {**self.loss(model, batch), 'enlarged': F.mse_loss(enlarged, x_0)}.items(): totals[k] = totals.get(k, 0) + len(i)*v.item()/len(generators)
+            for k, v in {**self.loss(model, batch), 'enlarged': F.mse_loss(enlarged, x_0)}.items():
+                totals[k] = totals.get(k, 0) + len(i)*v.item()/len(generators)
         return {f'validation_{k}': v for k, v in totals.items()}
 
     def samples(self, model, n=5):
@@ -317,6 +337,7 @@ class UpsamplerTask(Task):
         s, y = self.settings.sampling, self.statistics.image.standardize(small.image_embeddings(places[:n]))
         drawn = super_resolve(self.diffusion, model, low_res, y, 0, s.sampler, s.steps, s.noise, s.batch_size)
         size = drawn.shape[-2:]
-        return image_grid(torch.cat([F.interpolate(low_res, size), F.interpolate(low_res, size, mode='bicubic'), drawn, from_uint8(large.images(i))]), columns=len(i))
+        return image_grid(torch.cat([F.interpolate(low_res, size), F.interpolate(low_res, size, mode='bicubic'), drawn,
+                                     from_uint8(large.images(i))]), columns=len(i))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'upsampler', 'statistics': self.statistics.digest(), **self.diffusion.learned}

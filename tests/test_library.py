@@ -20,9 +20,11 @@ from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
 from t2i.experiments import VARIANTS, Pairs, draw_variant
 from t2i.guidance import classifier_free, classifier_guidance, clip_guidance
+from t2i.image_guidance import image_guidance
 from t2i.metrics import clip_score, extract_features, frechet_distance, kernel_distance, precision_recall
 from t2i.pipeline import TextToImage, draw_to_folder
 from t2i.plots import as_pictures
+from t2i.sampling import SAMPLERS, sample
 from t2i.unet import UNet
 
 SIZE = 8
@@ -50,6 +52,43 @@ def test_pictures_know_the_steps_that_were_set(own_pipe, tmp_path):
     draw_to_folder(own_pipe, ['a'], lambda: torch.zeros(1, own_pipe.decoder.embedding_size), tmp_path, 0)
     own_pipe.preset.sampling.steps += 1
     with pytest.raises(ValueError, match='other settings.*num_inference_steps'): draw_to_folder(own_pipe, ['a', 'b'], lambda: torch.zeros(2, own_pipe.decoder.embedding_size), tmp_path, 0)
+
+
+def test_the_exposure_bias_that_was_set_is_the_one_that_draws(own_pipe):
+    y = torch.ones(1, own_pipe.decoder.embedding_size)
+    def drawn(**settings): return own_pipe(image_embeddings=y, generator=0, num_inference_steps=4, **settings)[0].tobytes()
+    usual = drawn()
+    own_pipe.preset.sampling.exposure_bias = 3.
+    assert own_pipe.diffusion.exposure_bias == 3. and drawn() != usual and drawn() == drawn(exposure_bias=3.)
+
+
+def test_a_preset_need_not_have_what_is_not_used(own_pipe):
+    "No percentile where the threshold is static, no scale of image guidance where no image guides."
+    own_pipe.preset.sampling.thresholding = 'static'
+    for key in ('percentile', 'image_guidance_scale'): own_pipe.preset.sampling.pop(key, None)
+    y = torch.ones(1, own_pipe.decoder.embedding_size)
+    own_pipe(image_embeddings=y, generator=0)
+    with pytest.raises(ValueError, match='image_guidance_scale'): own_pipe(image_embeddings=y, generator=0, base_image=Image.new('RGB', (8, 8)))
+
+
+def test_shipped_weights_with_another_schedule():
+    preset = copy.deepcopy(load_preset('emoji'))
+    preset.diffusion.schedule = 'linear'
+    with pytest.raises(ValueError, match="trained with the schedule 'cosine', and the preset's is 'linear'"): TextToImage.from_preset(preset, 'cpu')
+
+
+# -- hooks and samplers -----------------------------------------------------------------------------------------
+def test_image_guidance_for_another_number_of_steps(pipe):
+    z, y = torch.zeros(1, 3, pipe.decoder.image_size, pipe.decoder.image_size), torch.ones(1, pipe.decoder.embedding_size)
+    def drawn(process): return decode(pipe.diffusion, pipe.decoder, y, 0, steps=5, hook=image_guidance(process, z, 0.1))
+    with pytest.raises(ValueError, match=r'made for a process of \d+ steps, and 5 are taken.*respace\(5\)'): drawn(pipe.diffusion)
+    drawn(pipe.diffusion.respace(5))
+
+
+@pytest.mark.parametrize('result', [lambda x: x, lambda x: iter([x])])
+def test_a_sampler_that_is_none(result, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, 'mine', lambda denoiser, diffusion, x_T, generators, **options: result(x_T))
+    with pytest.raises(TypeError, match="'mine' gave a Tensor.*yields a Step"): sample('mine', None, Diffusion().respace(2), torch.zeros(1, 3, 2, 2))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------

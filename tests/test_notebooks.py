@@ -117,3 +117,11 @@ def test_readme_is_the_index():
     assert speed_markdown() in text and table_markdown(pd.read_csv(RESULTS/'table_5_1.csv', dtype=str, keep_default_na=False)) in text, 'run papermill nbs/index.ipynb'
     links = {m for m in re.findall(r'\]\(([^)#]+)\)', text) if not m.startswith('http')}
     assert not [link for link in links if not (REPOSITORY/link).exists()]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_links_lead_to_files(path):
+    "From where a notebook is, and from figures/, where papermill puts what it makes of a chapter. (JupyterLab opens no folder.)"
+    text = '\n'.join(''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
+    links = {m for m in re.findall(r'\]\(([^)#]+)', text) if not m.startswith('http')}
+    assert not [link for link in links for place in [path.parent] + [REPOSITORY/'figures']*(path in CHAPTERS) if not (place/link).is_file()]

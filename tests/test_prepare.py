@@ -366,7 +366,8 @@ def test_command(tmp_path):
     result = prepare_command('--source', tmp_path/'mine', '--out', tmp_path/'out')
     assert result.exit_code == 0 and '29 of 30 pictures are prepared; 1 picture was skipped (1 × no caption)' in result.output, result.output
     assert PreparedDataset(tmp_path/'out/train').text_embeddings([0]).shape == (1, 1, 32)
-    says(prepare_command('--source', tmp_path/'nowhere', '--out', tmp_path/'out'), 'there is no folder')
+    says(prepare_command('--source', tmp_path/'nowhere', '--out', tmp_path/'out'), 'there is no folder', 'name one')
+    says(prepare_command('--source', tmp_path/'mine/c.csv', '--out', tmp_path/'out'), 'there is no folder', 'name the folder of this file')
 
 
 def test_emoji_are_prepared_like_everything_else(tmp_path):

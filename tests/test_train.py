@@ -514,6 +514,7 @@ def test_weights_of_another_target_are_no_start(tmp_path):
 def test_a_decoder_says_what_it_predicts(tmp_path):
     prepared(tmp_path)
     assert DecoderTask(PRESET, tmp_path/'prepared').metadata()['target'] == PRESET.diffusion.target == 'v'
+    with pytest.raises(ValueError, match="no 'thresholding'"): DecoderTask(Preset.nest({**PRESET, 'sampling': {k: v for k, v in PRESET.sampling.items() if k != 'thresholding'}}), tmp_path/'prepared')  # not after hours
 
 
 def test_a_task_is_told_what_trains_it(tmp_path):
