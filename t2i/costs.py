@@ -66,6 +66,7 @@ class _AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.Tensor.contiguous: kwargs = {}  # the order of channels is no matter of size, and PyTorch before 2.10 would count a copy
         if function in (F.linear, F.conv1d, F.conv2d): args = [*map(self.cast, args)]
         if function is F.scaled_dot_product_attention: return _FusedAttention.apply(*map(self.cast, args))
         if function is F.dropout and kwargs["p"]: return torch.native_dropout(*args, kwargs["p"], True)[0]

@@ -141,7 +141,8 @@ def test_parquet_knows_its_splits_in_whatever_kind_of_text(tmp_path, kind):
     import pyarrow as pa, pyarrow.parquet as pq
     split = pa.array(['train', 'test', 'validation', 'other'])
     split = split.dictionary_encode() if kind == 'category' else split.cast(getattr(pa, kind)())
-    pq.write_table(pa.table({'image': [picture()]*4, 'text': ['a picture']*4, 'split': split}), tmp_path/'0.parquet')
+    try: pq.write_table(pa.table({'image': [picture()]*4, 'text': ['a picture']*4, 'split': split}), tmp_path/'0.parquet')
+    except pa.ArrowNotImplementedError as e: pytest.skip(f'this pyarrow writes no such file: {e}')
     assert [s.split for s in read(tmp_path)] == ['train', 'test', 'validation', '']
 
 
@@ -237,9 +238,9 @@ def test_tars_of_pairs_are_never_taken_for_a_class(tmp_path):
     found = {}
     for name, members in tars.items():
         write_tar(tmp_path/name/'00000.tar', members)
-        for options in ({}, {'class_captions': True}): found[name, *options] = list(good(read(tmp_path/name, **options)).values())
+        for options in ({}, {'class_captions': True}): found[(name, *options)] = list(good(read(tmp_path/name, **options)).values())
     both = [('cap 0',), ('cap 1',)]
-    for options in ((), ('class_captions',)): assert {name: found[name, *options] for name in tars} == {'mac': both, 'views': both, 'first': both, 'unsorted': [], 'numbers': []}
+    for options in ((), ('class_captions',)): assert {name: found[(name, *options)] for name in tars} == {'mac': both, 'views': both, 'first': both, 'unsorted': [], 'numbers': []}
 
 
 @pytest.mark.parametrize('year', [2014, 2017])
