@@ -20,7 +20,7 @@ from .core import ASSETS, EXHIBITS, PACKAGE, atomic_path, exhibit, exhibit_path,
 
 # %% ../nbs/lib/cli.ipynb #b84592f1
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='From a caption to an image.')
-# and the share of the time that each gets
+# of a training, and the share of the time that each gets
 STAGES = {'clip': 0.25, 'text': 0.05, 'translator': 0.05, 'decoder': 0.45, 'classifier': 0.08, 'upsampler': 0.12}
 
 

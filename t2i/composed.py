@@ -77,7 +77,7 @@ def put_together(
 # %% ../nbs/lib/composed.ipynb #3c5b75af
 GLASSES = ['sunglasses', 'glasses', 'goggles']
 HATS = ['top hat', 'crown', "woman's hat", 'billed cap', 'graduation cap', "rescue worker's helmet", 'ribbon', 'military helmet']
-# whose emoji are heads
+# their emoji are heads
 ANIMALS = {'bear', 'panda', 'koala', 'fox', 'frog', 'lion', 'wolf', 'unicorn', 'hamster', 'raccoon', 'hedgehog', 'polar bear'}
 HEADS = {'skull', 'alien', 'alien monster', 'robot', 'ghost', 'jack-o-lantern', 'ogre', 'goblin', 'sun with face', 'full moon face',
          'new moon face', 'first quarter moon face', 'last quarter moon face',
