@@ -93,7 +93,7 @@ def make_sample(key, image, captions, split: str = ''):
 
 # %% ../nbs/lib/readers.ipynb #b0f1d971
 def _members(stream):
-    "(name, size) of the regular files in a tar, `stream` being at the first byte of each; a `tarfile.HeaderError` where it is cut short or damaged."
+    "(name, size) of the regular files in a tar, `stream` being at the first byte of each; a `tarfile.TarError` where it is cut short or damaged."
     tar = tarfile.TarFile(fileobj=stream)
     tar.offset = 0
     while True:

@@ -573,7 +573,7 @@ def test_malformed_sources_never_stop_us_and_nothing_is_lost(tmp_path, part):
 def test_a_tar_does_not_lead_back():
     info = tarfile.TarInfo('0.png')
     info.size = -512  # the next header would be this one
-    with pytest.raises(tarfile.HeaderError, match='negative size'): list(itertools.islice(_members(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))), 9))
+    with pytest.raises(tarfile.TarError, match='negative size|invalid offset'): list(itertools.islice(_members(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))), 9))
 
 
 @pytest.mark.parametrize('size', [10, 5000, 2**20])
