@@ -37,7 +37,8 @@ def _memory_for(n: int, pixels: int):
                          f"[upsampler.sampling] of a preset of your own)")
 
 # %% ../nbs/lib/pipeline.ipynb #74536b1e
-MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}  # preset → untrained network
+# preset → untrained network; one of your own in its place, before weights are loaded, is made and filled like these
+MODELS = {'translator': make_translator, 'decoder': make_decoder, 'upsampler': make_upsampler}
 
 
 def _learned(preset, name: str) -> dict:
@@ -55,8 +56,16 @@ def load_model(name: str, preset, path, statistics: 'Statistics | None' = None):
 class TextToImage:
     """A caption becomes a picture. Made by `TextToImage.from_preset("emoji")`, then called: `pipe("a red apple, noto style")`.
 
-    `embed_captions` and `embed_images` give the standardised image embeddings [N, E] that the decoder draws from."""
+    `embed_captions` and `embed_images` give the standardised image embeddings [N, E] that the decoder draws from.
+
+    Put together by hand, the networks are `torch.nn.Module`s of any kind: the translator text embeddings [N, E] → image embeddings [N, E], both standardised;
+    the decoder (x_t, t, y) → [N, 6, H, W] or [N, 3, H, W], see `Diffusion.interpret`, with the attributes embedding_size, in_channels and image_size. A `TypeError` for others."""
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
+        for name, network in (('translator', translator), ('decoder', decoder), ('upsampler', upsampler)):
+            if network is not None and not isinstance(network, torch.nn.Module):
+                raise TypeError(f"the {name} is a {type(network).__name__}: make it the `forward` of a torch.nn.Module")
+        if lacking := [k for k in ('embedding_size', 'in_channels', 'image_size') if not hasattr(decoder, k)]:
+            raise TypeError(f"the decoder has no attribute {' and no '.join(lacking)}: a network of your own says what it reads and draws, as UNet does")
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator and translator.eval(), decoder.eval(), upsampler and upsampler.eval()
         sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size,

@@ -97,6 +97,24 @@ def test_parts_of_other_sizes_are_refused(pipe):
     with pytest.raises(ValueError, match='different sizes.*statistics 7'): TextToImage(**parts | {'statistics': Statistics.unit(7)})
 
 
+def test_networks_of_ones_own(pipe):
+    "Any module will do, if it says what it reads and draws."
+    parts = dict(clip=pipe.clip, decoder=pipe.decoder, statistics=pipe.statistics, preset=pipe.preset)
+    with pytest.raises(TypeError, match='translator is a function.*torch.nn.Module'): TextToImage(translator=lambda y: y, **parts)
+    with pytest.raises(TypeError, match='no attribute embedding_size and no in_channels and no image_size'): TextToImage(translator=None, **parts | {'decoder': torch.nn.Identity()})
+
+    class Grey(torch.nn.Module):
+        embedding_size, in_channels, image_size = pipe.decoder.embedding_size, 3, pipe.decoder.image_size
+        def __init__(self):
+            super().__init__()
+            self.level = torch.nn.Parameter(torch.tensor(0.))
+        def forward(self, x, t, y): return self.level.expand_as(x)
+    preset = copy.deepcopy(pipe.preset)
+    preset.diffusion.target = 'x0'
+    drawn, = TextToImage(translator=torch.nn.Identity(), **parts | {'decoder': Grey(), 'preset': preset})('a', generator=0)
+    assert (np.asarray(drawn) == 128).all()
+
+
 def test_models_of_other_statistics_are_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     TextToImage.from_pretrained(tmp_path, device='cpu')
