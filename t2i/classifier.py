@@ -6,8 +6,6 @@
 __all__ = ['NoisyClassifier', 'make_classifier', 'emoji_classes', 'ClassifierTask']
 
 # %% ../nbs/lib/classifier.ipynb #17de1aff
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

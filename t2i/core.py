@@ -107,8 +107,8 @@ def _check_preset(path, read):
         known.setdefault(section, {}).setdefault(key, set()).add(kind)
     for name, value in flat(read).items():
         section, _, key = name.rpartition('.')
-        others = NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion',
-            '.finish')) else [s for s in known if s.startswith('train.')] if section.startswith('train.') else []
+        others = (NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish'))
+                  else [s for s in known if s.startswith('train.')] if section.startswith('train.') else [])
         alike = [known.get(s, {}) for s in {section, *others}]
         keys, kinds = set().union(*alike), set().union(*(s.get(key, ()) for s in alike))
         if 'a number' in kinds: kinds.add('a whole number')

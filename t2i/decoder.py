@@ -213,8 +213,8 @@ class DecoderTask(Task):
         if mirror := self.preset.decoder.get('mirror'): images = torch.where((rand(generators) < mirror)[:, None, None, None], images.flip(2), images)
         share = self.preset.decoder.get('augment', 0) if self.clip else 0
         changes = draw_augmentation(share, generators).masked_fill(told[:, None], 0.)
-        return images, y, which == len(others), told, changes, *training_draws(self.diffusion,
-            from_uint8(images[:, :0] if self.gpu else images), self.preset.decoder.drop, generators)
+        draws = training_draws(self.diffusion, from_uint8(images[:, :0] if self.gpu else images), self.preset.decoder.drop, generators)
+        return images, y, which == len(others), told, changes, *draws
 
     def loss(self, model, batch):
         images, y, own, told, changes, t, noise, drop = batch

@@ -310,8 +310,8 @@ class TextToImage:
 
     def _latents(self, latents, n):
         expected = [n, self.decoder.in_channels, *[self.decoder.image_size]*2]
-        if latents is None or isinstance(latents,
-                                         torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point() and latents.isfinite().all():
+        if latents is None or (isinstance(latents, torch.Tensor) and list(latents.shape) == expected and latents.is_floating_point()
+                               and latents.isfinite().all()):
             return latents
         found = f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"latents are {found}: give finite numbers {expected}, x_T of each picture")

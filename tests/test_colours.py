@@ -11,7 +11,7 @@ from t2i import data
 from t2i.clip import CLIP, TextTask, colour_recall
 from t2i.colours import COLOURS, colour_name, main_hue, turn_hue
 from t2i.core import from_uint8, load_preset, load_weights
-from t2i.data import load_emoji, recoloured, write_shards
+from t2i.data import load_emoji, write_shards
 from t2i.train import step_generator, train
 from t2i.translator import TranslatorTask
 

@@ -14,7 +14,7 @@ from PIL import Image
 from t2i.classifier import NoisyClassifier
 from t2i.clip import CLIP
 from t2i.clip_algebra import rank_of
-from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_weights, to_uint8
+from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_weights, table_markdown, to_uint8
 from t2i.data import Statistics, find_picture
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
@@ -75,6 +75,10 @@ def test_shipped_weights_with_another_schedule():
     preset = copy.deepcopy(load_preset('emoji'))
     preset.diffusion.schedule = 'linear'
     with pytest.raises(ValueError, match="trained with the schedule 'cosine', and the preset's is 'linear'"): TextToImage.from_preset(preset, 'cpu')
+
+
+def test_a_bar_within_a_cell_does_not_end_it():
+    assert table_markdown(pd.DataFrame({'a': ['p(x | y)'], 'b': [1]})).splitlines()[-1] == r'| p(x \| y) | 1 |'
 
 
 # -- hooks and samplers -----------------------------------------------------------------------------------------
