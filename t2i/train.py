@@ -286,6 +286,9 @@ def _lock(file):
     except PermissionError: raise BlockingIOError from None
 
 
+class _Stopped(BaseException): "A signal came while nothing would be lost."
+
+
 AHEAD = 2  # steps whose batches wait for a GPU, and threads that draw them; more of them would get in the way of the one that launches its kernels
 
 
@@ -310,6 +313,7 @@ class _Run:
         self.step, self.examples, self.elapsed, self.best, self.since_best, self.energy_before = 0, 0, 0., math.inf, 0, {'kwh': 0., 'kg_co2': 0.}
         self.sums, self.since, self.logged = {}, 0, 0.  # of the steps since the last row of the log, and when that was
         self.asked_to_stop = self.terminated = 0  # the number of the signal
+        self.interruptible = False
         self.wrap(initial)
         task.gpu, self.coming = self.gpu, self.batches(AHEAD if self.gpu else 0)
 
@@ -440,6 +444,9 @@ class _Run:
         return self.step >= self.c.steps or bool(self.hours and self.elapsed >= self.hours*3600) or self.stopped_early
 
     @property
+    def draws(self) -> bool: return self.step % self.c.sample_every == 0 or self.finished
+
+    @property
     def stopped_early(self) -> bool: return bool(self.c.patience) and self.since_best >= self.c.patience
 
     def draw_batch(self, step) -> tuple:
@@ -534,7 +541,13 @@ class _Run:
         return numbers
 
     def draw(self):
-        with self.evaluation() as model: picture = self.task.samples(model)
+        "Samples, after a checkpoint: a signal to stop does not wait for them."
+        picture, self.interruptible = None, True
+        try:
+            with self.evaluation() as model: picture = self.task.samples(model)
+        except _Stopped: pass
+        finally: self.interruptible = False
+        self.terminated, = self.agree(self.asked_to_stop)
         if picture is not None and self.main:
             with self.write(), atomic_path(self.out/f'samples/{self.step:07}.png') as tmp: picture.save(tmp, format='png')
 
@@ -561,6 +574,7 @@ class _Run:
         "At any moment: the loop decides after the next step. Whoever cannot wait for it asks twice."
         if self.asked_to_stop and number == signal.SIGINT: raise KeyboardInterrupt
         self.asked_to_stop = number
+        if self.interruptible: raise _Stopped
 
     @contextlib.contextmanager
     def alone(self):
@@ -611,7 +625,7 @@ class _Run:
                     self.elapsed, due, self.terminated = self.agree(time.monotonic() - start,
                                                                     time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)
-                    due, row, validates = due or self.finished or self.terminated, {}, self.step % self.c.validate_every == 0 or self.finished
+                    due, row, validates = due or self.finished or self.terminated or self.draws, {}, self.step % self.c.validate_every == 0 or self.finished
                     if self.step % self.c.log_every == 0 or due or validates:
                         numbers = self.means(lowest)  # before anything is saved
                         self.sums = {k: v*self.since for k, v in numbers.items()}  # of all processes alike, as a checkpoint keeps them
@@ -628,7 +642,7 @@ class _Run:
                     if due or self.finished:  # also by what the validation has just said
                         self.save(total_energy())
                         saved = time.monotonic()
-                    if self.step % self.c.sample_every == 0 or self.finished: self.draw()
+                    if self.draws: self.draw()
             used = total_energy()
         finally:
             self.coming.close()

@@ -248,6 +248,23 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize('number, error', [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_does_not_wait_for_samples(tmp_path, number, error):
+    "They are drawn after a checkpoint, and the weights are not left averaged."
+    class Draws(Line):
+        def samples(self, model):
+            signal.raise_signal(number)
+            raise AssertionError('it went on')
+
+    task, config = Draws(), LINE | {'save_minutes': 60., 'sample_every': 5, 'ema': 0.9}
+    with pytest.raises(error): train(task, config, tmp_path, device='cpu', progress=False)
+    state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert state['step'] == 5 and all(torch.equal(v, state['model'][k]) for k, v in task.model.state_dict().items())
+    train(Line(), config, tmp_path, device='cpu', progress=False)
+    train(Line(), config, tmp_path/'whole', device='cpu', progress=False)
+    torch.testing.assert_close(losses(tmp_path), losses(tmp_path/'whole'), atol=0, rtol=0)
+
+
 def test_one_training_at_a_time_in_a_folder(tmp_path):
     class Second(Line):
         def loss(self, model, batch):
