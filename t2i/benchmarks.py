@@ -7,6 +7,7 @@ __all__ = ['RESULTS', 'load_benchmarks', 'cores', 'machine_text', 'speed_column'
 
 # %% ../nbs/lib/benchmarks.ipynb #ddebf7ff
 import json
+from statistics import median
 
 import pandas as pd
 
@@ -50,7 +51,9 @@ def speed_column(
         for other, row in table.items():
             # measured without the crowd
             if other.startswith('ours') or section == 'sampling crowded' and other in found['sampling']['candidates']: continue
-            column[f'{what}, against {name(other)}'] = f"{row['ratio']/table[ours]['ratio']:.2f} ×"
+            # of each round, in which they took turns
+            ratio = median(theirs/own for theirs, own in zip(row['runs'], table[ours]['runs'], strict=True))
+            column[f'{what}, against {name(other)}'] = f'{ratio:.2f} ×'
     s = found['sampling']
     steps = load_preset(preset).sampling.steps if preset in preset_names() else s['default_steps']
     seconds, baseline = steps*s['candidates'][ours]['seconds'], 1000*s['candidates']['baseline']['seconds']

@@ -166,7 +166,7 @@ def _join_statistics(arrays: dict, target: Path) -> list:
 def _split_statistics(path: Path, target: Path) -> list:
     if not path.is_file(): return []
     tensors, _ = load_weights(path, dtype=None)
-    return [save_weights(target/name, {key: tensors[key]}) for key, name in PUBLISHED_STATISTICS.items()]
+    return [save_weights(target/name, {key: tensors[key]}) for key, name in PUBLISHED_STATISTICS.items() if key in tensors]
 
 # %% ../nbs/lib/checkpoints.ipynb #30c9c876
 def average_weights(
@@ -181,7 +181,8 @@ def average_weights(
     for source in sources[1:]:
         tensors, other = load_weights(source)
         wrong = next((k for k in {**first, **tensors} if k not in first or k not in tensors or first[k].shape != tensors[k].shape),
-                     None) or next((k for k in ('target', 'pieces', 'classes') if metadata.get(k) != other.get(k)), None)
+                     None) or next((k for k in ('stage', 'target', 'schedule', 'timesteps', 'statistics', 'pieces', 'classes')
+                                   if metadata.get(k) != other.get(k)), None)
         if wrong:
             raise ValueError(f"{source} is of another network than {sources[0]} ({wrong!r} is not the same in both): give weights that "
                              f"were trained on from the same start")
@@ -224,7 +225,7 @@ def load_config(
                                 f"TextToImage.from_preset(…, folder={str(folder)!r})")
     try: config = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again") from None
-    lacking = {'name', 'clip', 'data', 'diffusion', 'decoder', 'translator', 'sampling'} - set(config)
+    lacking = {'name', 'clip', 'data', 'diffusion', 'decoder', 'sampling'} - set(config)
     if lacking: raise ValueError(f"{path} is not the configuration of a text-to-image pipeline: it has no {', '.join(sorted(lacking))}")
     try: return load_preset(config)
     except ValueError as e: raise ValueError(f"{path} cannot be used: {e}") from None

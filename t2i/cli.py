@@ -106,6 +106,7 @@ def generate(
     image: Optional[List[Path]] = typer.Option(None, help='A picture to draw variations of, instead of captions; may be given several times.'),
     base_image: Optional[Path] = typer.Option(None, help='Image guidance: a picture that those of a grid are pulled to.'),
     image_guidance_scale: Optional[float] = typer.Option(None, help="How strongly; default: the preset's."),
+    mask: Optional[Path] = typer.Option(None, help='Inpainting: a picture that is white where the base image stays as it is, and black where something new is drawn.'),
     upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took '
                                                        'each for. Default: if the preset has an upsampler of its own.'),
     batch_size: Optional[int] = BATCH_SIZE,
@@ -135,10 +136,16 @@ def generate(
     below = [c for c in captions for _ in range(n)]
     _check_out(out)
     grid = out.suffix.lower() in PICTURE_FILES
-    if not grid and (base_image or image_guidance_scale is not None):
-        raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image and "
+    if not grid and (base_image or mask or image_guidance_scale is not None):
+        raise ValueError("image guidance is for a grid: name a .png, .jpg or .webp file with --out, or leave out --base-image, --mask and "
                          "--image-guidance-scale")
-    base = base_image and read_picture(base_image)
+    base, inpainting = base_image and read_picture(base_image), {'image_guidance_scale': image_guidance_scale}
+    if mask:
+        if not base: raise ValueError("--mask is for a picture of which a part stays: name it with --base-image")
+        if image_guidance_scale is not None: raise ValueError("with --mask the base image stays as it is: leave out --image-guidance-scale")
+        read_picture(mask)  # it can be read
+        from PIL import Image
+        inpainting = {'mask': Image.open(mask)}
     from t2i.pipeline import TextToImage, draw_to_folder, png_info, process_share
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
     # a borrowed one has classes, and takes as long as the decoder
@@ -148,8 +155,9 @@ def generate(
         _check_grid(out, below, n, (pipe.upsampler if upsample and pipe.upsampler else pipe.decoder).image_size)
         seed = secrets.randbits(32) if seed is None else seed
         with _when_stopped("nothing was written: pictures in a folder, which --out can name instead, are kept one by one"):
-            drawn = pipe(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed,
-                         base_image=base, image_guidance_scale=image_guidance_scale, progress=True, **settings)
+            draw = pipe.inpaint if mask else pipe
+            drawn = draw(**({'images': pictures} if image else {'captions': captions}), num_images_per_prompt=n, generator=seed,
+                         base_image=base, progress=True, **inpainting, **settings)
         told = [f"{c} ({picture.info['label']})" if 'label' in picture.info else c for c, picture in zip(below, drawn)]
         with atomic_path(out) as tmp:
             _grid(drawn, told, n).save(tmp, **({'pnginfo': png_info(captions=captions, seed=seed)} if out.suffix.lower() == '.png' else {}))
@@ -270,10 +278,9 @@ def upsample_command(
     "Enlarge pictures fourfold."
     from t2i.data import read_picture
     from t2i.pipeline import TextToImage
-    from t2i.readers import PICTURES
+    from t2i.readers import picture_files
     _check_folder(out)
-    files = [path for given in files for path in (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != '.')
-                                                  if given.is_dir() else [given])]
+    files = [path for given in files for path in (picture_files(given) if given.is_dir() else [given])]
     if not files: raise ValueError("there are no pictures in the folder: name another one")
     stems = [path.stem for path in files]
     if twice := {s for s in stems if stems.count(s) > 1}:
@@ -497,7 +504,7 @@ def train(
     "Train a preset's models, resumably; under accelerate launch with several processes."
     if stage not in (*STAGES, 'all'): raise ValueError(f"there is no stage {stage!r}: use one of {', '.join(STAGES)}, or all")
     from t2i.checkpoints import find_checkpoint
-    from t2i.train import check_hours
+    from t2i.train import check_hours, make_config
     if hours is not None: check_hours(hours)
     settings = load_preset(preset)
     _check_folder(out or Path('runs')/settings.name)
@@ -521,6 +528,7 @@ def train(
     runs, total = out or Path('runs')/settings.name, sum(wanted.values())
     # a missing one is told of before anything is trained
     for each in wanted if initial else (): find_checkpoint(initial, 'clip' if each == 'text' else each)
+    for each in wanted: make_config(settings.train[each], get_device(device))  # … and what is wrong in a later stage
     for each, share in wanted.items():
         learned = _begun(runs, {'clip': ('text', *AFTER_CLIP), 'text': AFTER_CLIP}.get(each, ())) if stage == 'all' else []
         if learned: typer.echo(f"{runs/each} stays as it is, because {' and '.join(map(str, learned))} learned from it", err=True)
@@ -603,7 +611,7 @@ def figures(
     data: Optional[Path] = typer.Option(None, help='Folder of MS-COCO, for `thesis`.'),
     device: Optional[str] = DEVICE,
 ):
-    "Run the chapters that own figures and tables of the thesis. A chapter that fails does not stop the others; the exit code is then 1."
+    "Run the chapters that own figures and tables of the thesis, with the other parameters as their cells have them; papermill takes others, such as photos to start from (the guide has commands). A chapter that fails does not stop the others; the exit code is then 1."
     import time
     preset = preset or load_preset(_preset(None, folder)).name  # a chapter takes a name or a path
     load_preset(preset)

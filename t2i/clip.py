@@ -102,7 +102,7 @@ class Vocabulary:
         caption = self.tokenizer.clean_fn(caption)
         if not caption.isascii(): caption = emoji_pattern().sub(name, caption.replace('\ufe0f', ''))  # the selector of coloured pictures
         text = re.sub(r'[^\w\s]', words, caption.replace('\u200d', ' '))  # what is left is none of the standard's
-        text = re.sub(r'\w{2,}[^\Ws]s\b', singular, text.lower())
+        text = re.sub(r'\b\w{2,}[^\Ws]s\b', singular, text.lower())
         text = re.sub(r'[- ]skinned\b|[- ]toned skin\b', ' skin tone', text)
         text = re.sub(r'\bgray\b', 'grey', text)
         text = re.sub(rf'(?!{NOUN})\b({"|".join(SHADES)})\b', lambda found: found[0] if self.knows(found[0]) else SHADES[found[0]], text)
@@ -474,8 +474,9 @@ class TextTask(ClipTask):
         clip: CLIP,  # a small one, as `ClipTask` trains it
         preset='emoji',  # name, path, or a preset
         invented=None,  # {'recoloured': folder, 'composed': folder} of pictures that nobody drew, of which training takes the preset's shares
-        teacher: 'CLIP | None' = None,  # whose text embeddings stay as they are, but for captions of composed pictures
+        teacher: 'CLIP | None' = None,  # whose text embeddings stay as they are, but for captions of composed pictures, which it needs
     ):
+        if teacher and 'composed' not in (invented or {}): raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
         self.preset, self.clip, self.model, self.teacher = load_preset(preset), clip, clip.model, teacher
         def pairs(table, keywords):
             typed = [typed_captions(*row) for row in zip(table['name'], table['style'], table.concept, keywords)]
@@ -490,7 +491,7 @@ class TextTask(ClipTask):
         self.model.visual.requires_grad_(False)
 
     def batch(self, indices, generators):
-        others = [(self.preset.data[name], len(pairs.images), partial(pairs.draw, tint=0.)) for name, pairs in self.invented.items()]
+        others = [(getattr(self.preset.data, name), len(pairs.images), partial(pairs.draw, tint=0.)) for name, pairs in self.invented.items()]
         return mixed(indices, generators, self.pairs.draw, others)
 
     def loss(self, model, batch):

@@ -24,6 +24,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from .core import as_tensor, get_device, on_white, pil_pictures
+from .data import read_picture
+from .readers import PICTURES, picture_files
 
 # %% ../nbs/lib/metrics.ipynb #ac68f449
 def efficientnet_lite0() -> torch.nn.Module:
@@ -103,6 +105,11 @@ def _extractor(features, device):
 
 def _as_uint8(images):
     "uint8 [N, H, W, 3]"
+    if isinstance(images, (str, Path)):
+        if not Path(images).is_dir(): raise FileNotFoundError(f"there is no folder {images}: give one of pictures, or the pictures")
+        found = picture_files(images)
+        if not found: raise ValueError(f"the folder {images} holds no pictures ({', '.join(PICTURES)}): give another")
+        images = [read_picture(p) for p in found]
     if not isinstance(images, (np.ndarray, torch.Tensor)):
         images = [on_white(i) for i in pil_pictures(images)]  # upright, too
         sizes = {i.size for i in images}
@@ -123,14 +130,14 @@ def _without_tf32():
 
 
 def extract_features(
-    images,                           # uint8 [N, H, W, 3], or PIL pictures of one size; what is transparent is white
+    images,                           # uint8 [N, H, W, 3], PIL pictures of one size, or a folder of such; what is transparent is white
     features='efficientnet-lite0',    # or 'inception' (downloads its weights), or the path of a file with the Inception weights of torch-fidelity
     device=None,                      # the GPU if there is one
     batch_size: int = 32,
 ) -> Features:
     """The features of a set of images, on the CPU. Features that were extracted before are returned as they are.
 
-    Raises FileNotFoundError if the Inception weights can't be had, ValueError for unknown features or images of another type."""
+    Raises FileNotFoundError if the folder or the Inception weights can't be had, ValueError for unknown features or images of another type."""
     if isinstance(images, Features): return images
     images, device = _as_uint8(images), get_device(device)
     name, extractor = _extractor(features, device)
@@ -196,7 +203,7 @@ MIN_IMAGES = 8  # precision and recall need 4 neighbours, half a set needs sever
 
 
 def evaluate(
-    generated,                      # uint8 [N, H, W, 3], PIL pictures of one size, or `Features`
+    generated,                      # uint8 [N, H, W, 3], PIL pictures of one size, a folder of such, or `Features`
     real,                           # the same, of real images; N of them for a FID that can be compared
     features='efficientnet-lite0',  # see `extract_features`
     seed: int = 0,                  # of the subsets of KID
@@ -237,5 +244,6 @@ def clip_score(
     captions = [captions] if isinstance(captions, str) else captions
     images = images if getattr(images, 'ndim', 3) == 4 else pil_pictures(images)
     if len(images) != len(captions): raise ValueError(f"{len(images)} images and {len(captions)} captions were given: each image needs its caption")
+    if not hasattr(clip, 'encode_images'): raise TypeError(f"clip is a {type(clip).__name__}: give a CLIP, such as a pipeline's pipe.clip")
     cosines = (clip.encode_images(images, normalize=True)*clip.encode_captions(captions, normalize=True)).sum(1)
     return 100*cosines.float().clamp(min=0).cpu().numpy()

@@ -14,10 +14,10 @@ from accelerate import PartialState
 
 from .checkpoints import find_checkpoint, load_statistics
 from .clip import CLIP
-from .core import ASSETS, load_preset, save_json
+from .core import ASSETS, get_device, load_preset, save_json
 from .data import Statistics, prepare
 from .pipeline import TextToImage, load_model
-from .train import check_hours, train
+from .train import check_hours, make_config, train
 
 # %% ../nbs/lib/own_data.ipynb #b29f59b8
 GENTLE = 0.3  # of the preset's learning rate, for weights that can draw already
@@ -43,6 +43,7 @@ def train_on(
     preset, out = load_preset(preset), Path(out)
     if lacking := [s for s in ('translator', 'decoder') if s not in preset.get('train', {})]:
         raise ValueError(f"the preset {preset.name!r} does not train a {lacking[0]}: add a [train.{lacking[0]}] section")
+    for stage in ('translator', 'decoder'): make_config(dict(preset.train[stage]), get_device(device))  # what is wrong is told before
     shipped = None if scratch or not preset.get('weights') else ASSETS/preset.weights
     clip = CLIP.from_preset(preset, device)
     start = out/'start.json'

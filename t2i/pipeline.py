@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpoint, load_config, load_statistics, save_config
 from .clip import CLIP, check_captions
 from .convolution import weights_stay
-from .core import ASSETS, as_tensor, atomic_path, compiles, enough_memory, fixed_seed, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
+from .core import ASSETS, as_tensor, atomic_path, compiles, device_of, enough_memory, fitted, fixed_seed, float32_by_default, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
 from .data import Statistics
 from .decoder import decode, guidance_of, make_decoder, make_diffusion
-from .image_guidance import image_guidance
+from .image_guidance import image_guidance, x_0_guidance
 from .sampling import get_sampler
 from .translator import make_translator
 from .upsampler import ZeroShot, check_noise, choose_labels, imagenet_names, make_upsampler, make_upsampler_diffusion, in_tiles, super_resolve
@@ -59,13 +59,16 @@ class TextToImage:
     `embed_captions` and `embed_images` give the standardised image embeddings [N, E] that the decoder draws from.
 
     Put together by hand, the networks are `torch.nn.Module`s of any kind: the translator text embeddings [N, E] → image embeddings [N, E], both standardised;
-    the decoder (x_t, t, y) → [N, 6, H, W] or [N, 3, H, W], see `Diffusion.interpret`, with the attributes embedding_size, in_channels and image_size. A `TypeError` for others."""
+    the decoder (x_t, t, y) → [N, 6, H, W] or [N, 3, H, W], see `Diffusion.interpret`, with the attributes embedding_size, in_channels and image_size;
+    the upsampler the same of x_t and the enlarged picture, [N, 6, H, W], with embedding_size or num_classes, image_size and enlarge, see `Upsampler`. A `TypeError` for others."""
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         for name, network in (('translator', translator), ('decoder', decoder), ('upsampler', upsampler)):
             if network is not None and not isinstance(network, torch.nn.Module):
                 raise TypeError(f"the {name} is a {type(network).__name__}: make it the `forward` of a torch.nn.Module")
-        if lacking := [k for k in ('embedding_size', 'in_channels', 'image_size') if not hasattr(decoder, k)]:
-            raise TypeError(f"the decoder has no attribute {' and no '.join(lacking)}: a network of your own says what it reads and draws, as UNet does")
+        for name, network, told in (('decoder', decoder, ('embedding_size', 'in_channels', 'image_size')),
+                                    ('upsampler', upsampler, ('embedding_size', 'num_classes', 'image_size', 'enlarge'))):
+            if network is not None and (lacking := [k for k in told if not hasattr(network, k)]):
+                raise TypeError(f"the {name} has no attribute {' and no '.join(lacking)}: a network of your own says what it reads and draws, as UNet does")
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator and translator.eval(), decoder.eval(), upsampler and upsampler.eval()
         sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size,
@@ -79,6 +82,7 @@ class TextToImage:
         self._process = make_diffusion(self.preset, sampling=True)
 
     @classmethod
+    @float32_by_default()
     def from_preset(
         cls,
         preset='emoji',  # name, path, or a preset
@@ -90,17 +94,19 @@ class TextToImage:
         if 'weights' not in preset and folder is None:
             raise FileNotFoundError(f"the preset {preset.name!r} ships no weights: name the folder that holds them, "
                                     f"TextToImage.from_preset({preset.name!r}, folder=…) or --folder")
+        # what `save_pretrained` wrote may do without a translator; elsewhere the preset lacks something
+        if 'translator' not in preset and not (folder and (Path(folder)/'config.json').is_file()): preset.translator
         if not (folder or preset.get('weights')): return cls._random(preset, device)
         folder, size = Path(folder or ASSETS/preset.weights), preset.clip.embedding_size
         # what costs little comes first
-        paths = {name: find_checkpoint(folder, name, optional=name != 'decoder') for name in MODELS if name in preset or name != 'upsampler'}
+        paths = {name: find_checkpoint(folder, name, optional=name != 'decoder') for name in MODELS if name in preset or name == 'decoder'}
         statistics = load_statistics(folder, size)
-        if statistics.text: paths['translator'] = find_checkpoint(folder, 'translator')  # there are captions to translate
+        if statistics.text and 'translator' in preset: paths['translator'] = find_checkpoint(folder, 'translator')  # there are captions to translate
         with enough_memory(f"the models of the preset {preset.name!r}"):
             clip = CLIP.from_preset(preset, device, folder)
             check_clip(clip, statistics, folder)
             models = {name: path and load_model(name, preset, path, statistics).to(device) for name, path in paths.items()}
-        return cls(clip, statistics=statistics, preset=preset, **models)
+        return cls(clip, statistics=statistics, preset=preset, **{'translator': None} | models)
 
     @classmethod
     def _random(cls, preset, device):
@@ -135,15 +141,16 @@ class TextToImage:
         self.clip.save(folder/'clip.safetensors', dtype)
         self.statistics.save(folder/'statistics.safetensors')
         for name in MODELS:
-            if model := getattr(self, name):
+            if not (model := getattr(self, name)): (folder/f'{name}.safetensors').unlink(missing_ok=True)  # of another pipeline that was here
+            else:
                 save_weights(folder/f'{name}.safetensors', model.state_dict(),
                              {'preset': self.preset.name, 'stage': name, 'statistics': self.statistics.digest(),
                               **_learned(self.preset, name)}, dtype)
-        save_config(folder, self.preset)
+        save_config(folder, {k: v for k, v in self.preset.items() if k not in MODELS or getattr(self, k)})
         return folder
 
     @property
-    def device(self): return next(self.decoder.parameters()).device
+    def device(self): return device_of(self.decoder, self.clip.device)
 
     @property
     def diffusion(self):
@@ -219,7 +226,9 @@ class TextToImage:
         if isinstance(image_embeddings, (list, tuple)) and image_embeddings and all(isinstance(v, torch.Tensor)
                 and v.shape[-1:] == (expected,) for v in image_embeddings):
             image_embeddings = torch.cat([v.reshape(-1, expected) for v in image_embeddings])
-        y = as_tensor(image_embeddings).float()
+        try: y = as_tensor(image_embeddings).float()
+        except (TypeError, ValueError):
+            raise ValueError(f"image_embeddings are a {type(image_embeddings).__name__} of what are no numbers: give a tensor or array [N, {expected}]") from None
         if y.ndim != 2 or y.shape[1] != expected or not len(y):
             raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
         if not y.isfinite().all():
@@ -237,13 +246,15 @@ class TextToImage:
         num_inference_steps: 'int | None' = None,  # default: the preset's
         guidance_scale: 'float | None' = None,  # s of classifier-free guidance, 1 is none; default: the preset's
         exposure_bias: 'float | None' = None,  # the deviation of the decoder's own errors in its latents, see `Diffusion.expect_errors`; default: the preset's
-        generator=None,  # a seed, a torch.Generator, or one of them for each picture; None draws a fresh seed
+        generator=None,  # a seed or torch.Generator, from which each picture gets a seed of its own; a list of those, [s] for a single picture; None draws a fresh seed
         latents: 'torch.Tensor | None' = None,  # x_T [N, 3, H, W] to start from, such as those of another run; default: noise from the generators
         translate: bool = True,  # False leaves the translator out
         base_image=None,  # image guidance: the picture (or one per sample) that the sample is pulled to
         image_guidance_scale: 'float | None' = None,  # w; default: the preset's
-        decay: str = 'linear',  # of image guidance: 'linear', 'constant' or 'cosine'
-        mask=None,  # image guidance only where it is 1: a PIL picture in mode L, or a tensor or array [H, W] or [1, 1, H, W]
+        decay='linear',  # of image guidance: 'linear', 'constant' or 'cosine', or a function of t/T, see `decay_table`
+        pull: str = 'x_t',  # what image guidance pulls: 'x_t', the latents (the thesis), or 'x_0', the image that the decoder sees in them (`x_0_guidance`)
+        mask=None,  # image guidance only where it is 1: a PIL picture in mode L, white for 1, or one for each picture; or a tensor or array [H, W] or [N or 1, 1, H, W]
+        guide=None,  # function (denoiser, diffusion, part) → denoiser: a guidance of `t2i.guidance` or of your own, before the threshold; `part` is the slice of the pictures that are drawn together
         sampler: 'str | None' = None,  # a key of `SAMPLERS`; default: the preset's
         upsample: bool = False,  # 64×64 → 256×256, where there is an upsampler
         upsampler_label=None,  # the class, if it has classes: 'zero-shot', a number for all or one for each picture; default: the preset's
@@ -258,32 +269,51 @@ class TextToImage:
                             ('image_guidance_scale', image_guidance_scale), ('upsampler_noise', upsampler_noise)):
             if value is not None and not isinstance(value, numbers.Real): raise ValueError(f"{name} is {value!r}: give a number")
         self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, batch_size)
-        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale,
-                                                                   'decay': None if decay == 'linear' else decay}),
+        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay,
+                                                                   'pull': None if pull == 'x_t' else pull}),
                          (upsample, 'upsample=True', {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise}),
                          (captions is not None, 'captions', {'translate': None if translate else False}))
+        if pull not in ('x_t', 'x_0'): raise ValueError(f"there is no pull {pull!r}: use 'x_t', the latents, or 'x_0', the image that the decoder sees in them")
+        if pull == 'x_0' and image_guidance_scale is None:
+            raise ValueError("image_guidance_scale is missing, and the preset's is for pull='x_t': give a number from 0 to 1, such as 0.3")
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
         if upsample: self._check_upsampling(upsampler_label, upsampler_noise, len(y))
         s = self.preset.sampling
         steps = s.steps if num_inference_steps is None else num_inference_steps
         process = self.diffusion if exposure_bias is None else self.diffusion.expect_errors(exposure_bias)
         diffusion, generators = process.respace(steps), make_generators(generator, len(y))
-        base, mask, latents = self._base(base_image, len(y)), self._mask(mask), self._latents(latents, len(y))
+        base, mask, latents = self._base(base_image, len(y)), self._mask(mask, base_image, len(y)), self._latents(latents, len(y))
         guidance = guidance_of(self.preset) | ({} if guidance_scale is None else {'guidance_scale': guidance_scale})
-        pull = s.image_guidance_scale if base is not None and image_guidance_scale is None else image_guidance_scale
+        scale = s.image_guidance_scale if base is not None and image_guidance_scale is None else image_guidance_scale
         size = min(batch_size or s.get('batch_size', 8), len(y))
         drawn = []
         with weights_stay(), tqdm(total=len(y), desc='images', disable=not progress) as bar:
             for i in range(0, len(y), size):
                 part = slice(i, i + size)
-                hook = None if base is None else image_guidance(diffusion, base if len(base) == 1 else base[part], pull, decay, mask)
+                target, where = (v if v is None or len(v) == 1 else v[part] for v in (base, mask))
+                hook = image_guidance(diffusion, target, scale, decay, where) if base is not None and pull == 'x_t' else None
+                own = guide and (lambda denoiser, diffusion: guide(denoiser, diffusion, part))
+                pulled = (lambda denoiser, diffusion: x_0_guidance(denoiser, diffusion, target, scale, decay, where)) if pull == 'x_0' else None
                 with _memory_for(len(y[part]), self.preset.data.image_size):
                     x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps, hook=hook,
-                               x_T=None if latents is None else latents[part], **guidance)
+                               x_T=None if latents is None else latents[part],
+                               guide=own, pull=pulled, **guidance)
                 drawn.append(x)
                 bar.update(len(x))
         x = torch.cat(drawn)
         return self._upsample(x, y, upsampler_label, upsampler_noise, generators, batch_size, progress) if upsample else to_pil(x)
+
+    def inpaint(
+        self,
+        captions=None,  # or images or image_embeddings, see `__call__`
+        *,
+        base_image,  # the picture, or one per sample
+        mask,  # 1 where the base image stays as it is, 0 where something new is drawn; as in `__call__`
+        **settings,  # of `__call__`
+    ) -> list:
+        "PIL pictures that go on from a part of the base image: its pull on the image that the decoder sees, in full and to the end (`x_0_guidance`)."
+        if mask is None: raise ValueError("the mask is None, so nothing would be new: say with 0 where the base image is to be drawn over")
+        return self(captions, base_image=base_image, mask=mask, pull='x_0', image_guidance_scale=1., decay='constant', **settings)
 
     def _check_settings(self, num_inference_steps=None, guidance_scale=None, sampler=None, upsample=False, batch_size=None, **others):
         "Refuse what would fail only while pictures are drawn, or spoil them."
@@ -316,16 +346,30 @@ class TextToImage:
         found = f'{latents.dtype} {list(latents.shape)}' if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"latents are {found}: give finite numbers {expected}, x_T of each picture")
 
-    def _mask(self, mask):
+    def _mask(self, mask, base_image, n):
         if mask is None: return None
         size = self.preset.data.image_size
-        if isinstance(mask, Image.Image):
-            return (to_tensor((on_white(mask) if mask.mode[0] == 'I' else mask).convert('L'), size)[:, :1].to(self.device) + 1)/2
+        if isinstance(mask, Image.Image) or isinstance(mask, (list, tuple)) and mask and all(isinstance(m, Image.Image) for m in mask):
+            masks, bases = [ImageOps.exif_transpose(m) for m in pil_pictures(mask)], pil_pictures(base_image)
+            if len(masks) not in (1, n): raise ValueError(f"{len(masks)} masks were given for {n} pictures: give one for all, or one for each")
+            for m in masks:
+                for base in bases:
+                    if m.width != m.height and any(abs(a - b) > 1 for a, b in zip(fitted(m.size, size), fitted(on_white(base).size, size))):
+                        raise ValueError(f"the mask has {m.width}×{m.height} pixels and a base image {base.width}×{base.height}: give masks of "
+                                         f"the base image's shape, or squares")
+            masks = [m.convert('RGBA') if 'transparency' in m.info else m for m in masks]
+            masks = [Image.composite(on_white(m), Image.new('RGB', m.size), m.getchannel('A')) if 'A' in m.mode else on_white(m) for m in masks]
+            masks = [m.convert('L') for m in masks]  # nothing is black
+            if (lightest := min(m.getextrema()[1] for m in masks)) < 128:
+                raise ValueError(f"the mask is a picture whose lightest grey is {lightest} of 255: paint white where the base image guides, or "
+                                 f"give weights from 0 to 1 as an array")
+            return (to_tensor(masks, size)[:, :1].to(self.device) + 1)/2
         m = as_tensor(mask).float() if isinstance(mask, (torch.Tensor, np.ndarray)) else torch.empty(0)
-        if m.shape not in ((size, size), (1, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
+        if m.shape not in ((size, size), (1, 1, size, size), (n, 1, size, size)) or not ((m >= 0) & (m <= 1)).all():
+            each = f' or [{n}, 1, {size}, {size}]' if n > 1 else ''
             raise ValueError(f"the mask is a {type(mask).__name__} of shape {list(m.shape)}: give a PIL picture in mode L, or a tensor or "
-                             f"array [1, 1, {size}, {size}] of numbers from 0 to 1")
-        return m.view(1, 1, size, size).to(self.device)
+                             f"array [1, 1, {size}, {size}]{each} of numbers from 0 to 1")
+        return m.view(-1, 1, size, size).to(self.device)
 
     # -- larger pictures ----------------------------------------------------------------------------------------
     def upsample(
@@ -357,7 +401,7 @@ class TextToImage:
     def _upsample(self, x, y, label, noise, generators, batch_size, progress, originals=None):
         "Pictures [N, 3, s, s], with the embeddings [N, E] that they show → larger ones, PIL. Instead of x[i] the larger `originals[i]` [3, h, w] is enlarged, where there is one."
         settings, classes, originals = self.preset.upsampler.sampling, self.upsampler.num_classes, originals or [None]*len(x)
-        size, diffusion = batch_size or settings.batch_size, make_upsampler_diffusion(self.preset)
+        size, diffusion = batch_size or settings.get('batch_size', 8), make_upsampler_diffusion(self.preset)
         if classes: y = choose_labels(settings.label if label is None else label, x, lambda x: self.imagenet(x), classes)
         noise = settings.get('noise', 0.) if noise is None else noise
         def enlarge(x, y, generators):
@@ -458,7 +502,7 @@ def _keep_settings(folder: Path, new: dict):
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of') if k in d}).items()
+    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of', 'seed') if isinstance(d.get(k), list)}).items()
                      if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if _differ(k, there.get(k), asked.get(k))), None)
     if wrong:
@@ -481,7 +525,7 @@ def draw_to_folder(
     captions: list,  # of the N pictures
     embed,  # function () → their standardised embeddings [N, E]; called only if a picture is missing
     folder: 'str | Path',
-    seed: int,  # of the noise; picture i has the same one as in pipe(…, generator=seed)
+    seed,  # of the noise, which picture i has in pipe(…, generator=seed) too; or a list, a seed for each picture
     share: tuple = (0, 1),  # (p, n): of those that are missing, draw the pictures p, p + n, p + 2n, …
     batch_size: 'int | None' = None,  # pictures drawn at once
     progress: bool = False,
@@ -491,8 +535,12 @@ def draw_to_folder(
     "Draw pictures to `folder`/00000.png, 00001.png, … and go on where an earlier run was stopped. A `ValueError` refuses a folder of other settings."
     captions, folder, (p, n) = [captions] if isinstance(captions, str) else list(captions), Path(folder), share
     if not_texts := [c for c in captions if not isinstance(c, str)]: raise ValueError(f"the captions hold {not_texts[0]!r}: give texts")
-    seeded(seed)  # without one, a second run would go on with other noise
-    seeds = image_seeds(seed, len(captions))
+    each_its_own = isinstance(seed, (list, tuple, range, np.ndarray))
+    seed = list(seed) if each_its_own else seed
+    for s in seed if each_its_own else [seed]: seeded(s)  # without one, a second run would go on with other noise
+    if each_its_own and len(seed) != len(captions):
+        raise ValueError(f"{len(seed)} seeds were given for {len(captions)} captions: give one for each, or a single one")
+    seeds = seed if each_its_own else image_seeds(seed, len(captions))
     settings = {k: v for k, v in settings.items() if v is not None}
     pipe._check_settings(batch_size=batch_size, **settings)
     labels = settings.get('upsampler_label')
@@ -502,7 +550,7 @@ def draw_to_folder(
     if 'translate' in settings:
         raise ValueError("pictures in a folder are drawn from embeddings: leave translate to the function that makes them, as in "
                          "pipe.embed_captions(captions, translate=False)")
-    if other := settings.keys() & {'base_image', 'mask', 'latents'}:
+    if other := settings.keys() & {'base_image', 'mask', 'latents', 'guide'}:
         raise ValueError(f"pictures in a folder are drawn without {' and '.join(sorted(other))}: its settings.json could not tell which it was")
     drawn_from = _drawn_from(pipe, captions, seed, settings) | ({'labels': labels} if each else {}) | ({'made_of': made_of} if made_of else {})
     _keep_settings(folder, drawn_from)
@@ -520,6 +568,7 @@ def draw_to_folder(
             pictures = pipe(image_embeddings=y[part], generator=[seeds[i] for i in part], batch_size=batch_size, **settings | own)
             _keep_settings(folder, drawn_from)  # another run may have come to the empty folder meanwhile
             for i, picture in zip(part, pictures):
-                with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=png_info(caption=captions[i], seed=seed, number=i, **picture.info))
+                told = dict(caption=captions[i], number=i, own_seed=seeds[i], **({} if each_its_own else {'seed': seed}), **picture.info)
+                with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=png_info(**told))
             bar.update(len(part))
     return paths

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PER_SHARD', 'MAX_BYTES', 'MAX_CHARACTERS', 'MAX_CAPTIONS', 'VALIDATION', 'PICTURES', 'IMAGE_COLUMNS', 'COCO',
            'FILE_COLUMNS', 'CAPTION_COLUMNS', 'Sample', 'Skipped', 'Shard', 'hash_fraction', 'make_sample',
-           'npz_shards', 'tar_shards', 'class_shards', 'CocoCaptions', 'coco_shards', 'picture_shards', 'find_shards']
+           'npz_shards', 'picture_files', 'tar_shards', 'class_shards', 'CocoCaptions', 'coco_shards', 'picture_shards',
+           'find_shards']
 
 # %% ../nbs/lib/readers.ipynb #e72dbcb3
 import csv, hashlib, itertools, json, math, os, tarfile, unicodedata, zipfile
@@ -282,6 +283,11 @@ def _pictures_in(folder) -> list:
     "The picture files in a folder (not below it) as `os.DirEntry`s, by name."
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith('.') and Path(e.name).suffix.lower() in PICTURES), key=lambda e: e.name)
+
+
+def picture_files(folder) -> list:
+    "The paths of the picture files in a folder (not below it), by name."
+    return [Path(e) for e in _pictures_in(folder)]
 
 
 def _composed(path) -> str:

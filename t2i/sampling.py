@@ -126,10 +126,13 @@ def sample(
     **options,  # hook, progress, eta: see the sampler
 ) -> Tensor:  # images [N, C, H, W]
     "The images at the end of a sampler's steps; a `FloatingPointError` if they are no numbers."
+    step = None
     for step in get_sampler(sampler)(denoiser, diffusion, x_T, generators, **options):
         if not isinstance(step, Step):
             raise TypeError(f"the sampler {sampler!r} gave a {type(step).__name__}: a sampler is a generator function that yields a "
                             f"Step(t, x, x_0) for every timestep")
+    if step is None or step.t != 0:
+        raise ValueError(f"the sampler {sampler!r} ended {'without a step' if step is None else f'at t = {step.t}'}: it should go on to t = 0")
     if step.x.isnan().any():
         raise FloatingPointError("the network drew what is not a number: its weights are damaged, latents or guidance are far too large, "
                                  "or numbers too large for 16 bits, where T2I_PRECISION=float32 helps")

@@ -104,8 +104,9 @@ class TranslatorTask(Task):
         preset,  # name, path, or a preset
         prepared: 'str | Path',  # folder that `prepare` wrote
         invented=None,  # {'recoloured': folder, 'composed': folder}: such folders of pictures that nobody drew, of which training takes the preset's shares
-        teacher=None,  # a translator in eval mode, whose answers stay as they are, but for composed pictures
+        teacher=None,  # a translator in eval mode, whose answers stay as they are, but for composed pictures, which it needs
     ):
+        if teacher and 'composed' not in (invented or {}): raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
         self.preset, self.teacher, prepared = load_preset(preset), teacher, Path(prepared)
         self.invented = {name: PreparedDataset(Path(folder)/'train', captions=True) for name, folder in (invented or {}).items()}
         self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size)
@@ -125,7 +126,7 @@ class TranslatorTask(Task):
     def batch(self, indices, generators):
         def draw(data, indices, generators): return self.pairs(data, indices, randint(data.captions_per_image, generators))
         return mixed(indices, generators, partial(draw, self.data),
-                     [(self.preset.data[name], len(data), partial(draw, data)) for name, data in self.invented.items()])
+                     [(getattr(self.preset.data, name), len(data), partial(draw, data)) for name, data in self.invented.items()])
 
     def loss(self, model, batch):
         text, image, which = batch

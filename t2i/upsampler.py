@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .convolution import weights_stay
-from .core import autocast, from_uint8, load_preset, make_generators, rand, randn, to_uint8
+from .core import OF_TRAINING, autocast, device_of, from_uint8, load_preset, make_generators, rand, randn, to_uint8
 from .data import PreparedDataset, Statistics
 from .decoder import guidance_of, guided_denoiser, make_diffusion, training_draws
 from .diffusion import Diffusion
@@ -77,8 +77,7 @@ def make_upsampler(
 ) -> Upsampler:
     "The untrained network: noisy and enlarged image [N, 6, S, S], timestep [N] and condition → target [N, 3, S, S], or target and variance [N, 6, S, S]."
     settings, embedding_size = _settings(preset), load_preset(preset).clip.embedding_size
-    # the last four are of training
-    network = {k: v for k, v in settings.items() if k not in ('diffusion', 'sampling', 'drop', 'max_noise', 'redrawn', 'crop')}
+    network = {k: v for k, v in settings.items() if k not in OF_TRAINING['upsampler']}
     if 'num_classes' not in network: network['embedding_size'] = embedding_size
     if 'residual' in network:
         # its numbers are needed even where a model is made without memory
@@ -128,7 +127,7 @@ def super_resolve(
     if model.training: raise ValueError("the upsampler is in training mode: call model.eval() first")
     check_noise(model, noise)
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
-    generators, device, shape = make_generators(generator, len(low_res)), next(model.parameters()).device, (3, model.image_size, model.image_size)
+    generators, device, shape = make_generators(generator, len(low_res)), device_of(model, low_res.device), (3, model.image_size, model.image_size)
     drawn = []
     with torch.no_grad(), autocast(device), weights_stay(), tqdm(total=len(low_res), desc='upsampled', disable=not progress, leave=False) as bar:
         for i in range(0, len(low_res), batch_size):
@@ -200,9 +199,9 @@ def choose_labels(
 ) -> Tensor:  # LongTensor [N]
     "The label of each picture."
     if isinstance(label, str) and label == 'zero-shot': return classify(low_res)
-    labels = [label]*len(low_res) if isinstance(label, numbers.Integral) else label
-    if not isinstance(labels, (list, tuple, Tensor, np.ndarray)) or len(labels) != len(low_res) or not all(int(l) == l
-            and 0 <= l < num_classes for l in labels):
+    def is_class(l): return isinstance(l, numbers.Real) and not isinstance(l, bool) and 0 <= l < num_classes and int(l) == l
+    labels = [label]*len(low_res) if isinstance(label, numbers.Integral) else label.tolist() if hasattr(label, 'tolist') else label
+    if not isinstance(labels, (list, tuple)) or len(labels) != len(low_res) or not all(map(is_class, labels)):
         raise ValueError(f"the upsampler's label is {label!r}: use 'zero-shot', a class from 0 to {num_classes - 1}, or a list with one "
                          f"for each of the {len(low_res)} pictures")
     return torch.tensor([int(l) for l in labels])
@@ -243,6 +242,8 @@ class UpsamplerTask(Task):
     ):
         self.preset, self.decoder = load_preset(preset), decoder
         self.diffusion, self.model, self.settings = make_upsampler_diffusion(self.preset), make_upsampler(self.preset), _settings(preset)
+        s = self.settings.sampling
+        self.drawing = s.sampler, s.steps, s.get('noise', 0.), s.get('batch_size', 8)  # of samples; what is missing is missed now
         if self.diffusion.target != 'x0':
             raise ValueError(f"the upsampler learns the picture itself and the preset's target is {self.diffusion.target}: set target = "
                              f"\"x0\" in its [upsampler.diffusion]")
@@ -334,8 +335,7 @@ class UpsamplerTask(Task):
         from t2i.plots import image_grid
         small, large, places = self.held_out
         low_res, i = from_uint8(small.images(places[:n])), torch.arange(min(n, len(large)))
-        s, y = self.settings.sampling, self.statistics.image.standardize(small.image_embeddings(places[:n]))
-        drawn = super_resolve(self.diffusion, model, low_res, y, 0, s.sampler, s.steps, s.noise, s.batch_size)
+        drawn = super_resolve(self.diffusion, model, low_res, self.statistics.image.standardize(small.image_embeddings(places[:n])), 0, *self.drawing)
         size = drawn.shape[-2:]
         return image_grid(torch.cat([F.interpolate(low_res, size), F.interpolate(low_res, size, mode='bicubic'), drawn,
                                      from_uint8(large.images(i))]), columns=len(i))

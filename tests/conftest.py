@@ -7,6 +7,7 @@ import threading
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # pytest has several processes, and their threads would wait for one another
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')  # a process that computed on the CPU cannot train on a GPU too; some tests pretend to have some
 os.environ.setdefault('T2I_PRECISION', 'float32')  # the same numbers on every machine; of bfloat16 is what asks for it
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Bad input gets one clear sentence, from Python and from the shell."""
+import copy
 import errno
 import io
 import json
@@ -22,10 +23,10 @@ from typer.testing import CliRunner
 import t2i
 from shell import says, shell
 from t2i import data
-from t2i.cli import _trained, app, main
+from t2i.cli import _grid, _trained, app, main
 from t2i.checkpoints import check_clip, load_config, load_statistics
-from t2i.clip import CLIP
-from t2i.core import ASSETS, PRESETS, Preset, load_preset, load_weights, save_weights
+from t2i.clip import CLIP, TextTask
+from t2i.core import ASSETS, PRESETS, Preset, image_seeds, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.decoder import DecoderTask, decoder_loss
 from t2i.diffusion import Diffusion
@@ -121,6 +122,31 @@ def test_a_preset_that_lacks_something(tmp_path, start, word):
     before, after = whole.rsplit(start, 1)
     mine.write_text(before + (after[after.index('\n['):] if start[0] == '[' else after))
     says(shell('generate', 'a red apple', '--preset', mine, '--out', tmp_path/'x.png'), f"has no '{word}'", 'add it')
+
+
+@pytest.mark.parametrize('section, key', [('decoder', 'crop'), ('classifier', 'drop'), ('upsampler', 'augment'), ('upsampler', 'mirror'), ('decoder', 'image_size'), ('classifier', 'num_classes')])
+def test_keys_of_another_network(section, key):
+    "What every U-Net knows may stand in any of the three sections, what one of them trains with only there."
+    preset = copy.deepcopy(load_preset('emoji'))
+    preset[section] = preset[section] | {'gradient_checkpointing': True}
+    load_preset(dict(preset))
+    preset[section] = preset[section] | {key: 1}
+    with pytest.raises(ValueError, match=rf"in \[{section}\] the key '{key}'"): load_preset(dict(preset))
+
+
+def test_what_is_wrong_in_a_later_stage_is_told_first(tmp_path):
+    mine = tmp_path/'mine.toml'
+    mine.write_text((PRESETS/'smoke.toml').read_text().replace('[train.decoder]', '[train.decoder]\nlearning_rat = 0.1'))
+    says(shell('train', '--preset', mine, '--out', tmp_path/'run'), "a training has no setting 'learning_rat'")
+    save_pictures = tmp_path/'pictures'
+    save_pictures.mkdir()
+    says(shell('train', '--data', save_pictures, '--preset', mine, '--out', tmp_path/'own'), "a training has no setting 'learning_rat'")
+    assert not (tmp_path/'run').exists() and not (tmp_path/'own').exists()
+
+
+def test_a_teacher_without_what_it_teaches(tmp_path):
+    with pytest.raises(ValueError, match="give invented={'composed': folder}"): TranslatorTask('smoke', tmp_path, teacher=torch.nn.Identity())
+    with pytest.raises(ValueError, match="give invented={'composed': folder}"): TextTask(CLIP.from_preset('smoke', 'cpu'), 'smoke', teacher=torch.nn.Identity())
 
 
 def test_a_preset_with_values_of_other_kinds(tmp_path):
@@ -470,9 +496,9 @@ def test_settings_that_are_incomplete(pipe, content, tmp_path):
 
 
 # -- pictures that are none ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize('given', [{'images': ['x.png']}, {'images': 'x.png'}, {'images': []}, {'captions': 'a', 'base_image': 'x.png'}, {'captions': 'a', 'base_image': [np.zeros((8, 8, 3))]}, {'captions': 'a', 'base_image': torch.zeros(1, 3, 8, 8)}, {'images': Image.new('F', (8, 8))}])
+@pytest.mark.parametrize('given', [{'images': ['x.png']}, {'images': 'x.png'}, {'images': []}, {'images': 3}, {'captions': 'a', 'base_image': 3}, {'captions': 'a', 'base_image': 'x.png'}, {'captions': 'a', 'base_image': [np.zeros((8, 8, 3))]}, {'captions': 'a', 'base_image': torch.zeros(1, 3, 8, 8)}, {'images': Image.new('F', (8, 8))}])
 def test_something_else_than_pictures(pipe, given):
-    with pytest.raises(ValueError, match='(images|base_image) holds (str|nothing|8×8×3 of float64|3×8×8 of float32|a picture of floating-point numbers) .*PIL'): pipe(**given)
+    with pytest.raises(ValueError, match='(images|base_image) holds (str|int|nothing|8×8×3 of float64|3×8×8 of float32|a picture of floating-point numbers) .*PIL'): pipe(**given)
 
 
 def test_pictures_of_other_numbers(pipe):
@@ -487,13 +513,17 @@ def test_settings_that_would_change_nothing_or_make_no_sense(pipe, settings, wor
     with pytest.raises(ValueError, match=words): pipe('a red apple', **settings)
 
 
+def test_embeddings_that_are_none(pipe):
+    with pytest.raises(ValueError, match='image_embeddings are a str of what are no numbers'): pipe(image_embeddings='x')
+
+
 def test_captions_that_are_none(pipe):
     with pytest.raises(ValueError, match='the captions are 5: give a text'): pipe(5)
     assert pipe('a', generator=np.array(5)) == pipe('a', generator=5)
 
 
 def test_a_folder_of_pictures_knows_no_base_image(pipe, tmp_path):
-    for name, value in (('base_image', Image.new('RGB', (8, 8))), ('latents', torch.zeros(1, 3, 64, 64))):
+    for name, value in (('base_image', Image.new('RGB', (8, 8))), ('latents', torch.zeros(1, 3, 64, 64)), ('guide', lambda *of: of[0])):
         with pytest.raises(ValueError, match=f'without {name}'): draw_to_folder(pipe, ['a'], lambda: None, tmp_path, 0, **{name: value})
 
 
@@ -513,8 +543,39 @@ def test_mask(pipe):
     draw = lambda mask: pipe('a', base_image=base, mask=mask, image_guidance_scale=0.05, generator=1)
     drawn = draw(Image.fromarray((255*left).astype(np.uint8)))
     assert drawn == draw(left) == draw(left > 0) == draw(torch.tensor(left)[None, None]) != draw(None)
-    for wrong in ('x.png', left[:8], 255*left, left*math.nan, left[None]):
+    for wrong in ('x.png', left[:8], 255*left, left*math.nan, left[None], [], [left]):
         with pytest.raises(ValueError, match='the mask is a .*L, or a tensor'): draw(wrong)
+    painted = Image.new('RGBA', (64, 64), (255, 255, 255, 0))  # white on a paper that is transparent, and white under it
+    painted.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    grey = Image.fromarray((255*left).astype(np.uint8))
+    assert drawn == draw(painted) == draw(grey.convert('P')) == draw(grey.convert('1')) == draw(grey.convert('RGB'))
+    labels, black = Image.fromarray(left.astype(np.uint8)), Image.new('RGBA', (64, 64))
+    black.paste((0, 0, 0, 255), (0, 0, 32, 64))
+    for wrong in (labels, black):
+        with pytest.raises(ValueError, match='lightest grey is [01] of 255: paint white where'): draw(wrong)
+    with pytest.raises(ValueError, match='mask has 64×32 pixels and a base image 64×64'): draw(Image.new('L', (64, 32), 'white'))
+    with pytest.raises(ValueError, match='2 masks were given for 1 pictures'): draw([labels, labels])
+
+
+def test_a_mask_that_lies_on_its_side(pipe, tmp_path):
+    "As a camera saves it, and an editor the mask of its picture."
+    upright = Image.new('L', (32, 64))
+    upright.paste(255, (0, 0, 32, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for mode, size in (('L', (32, 64)), ('RGBA', (64, 64))):
+        mask = upright.resize(size).convert(mode)
+        if mode == 'RGBA': mask.putalpha(upright.resize(size))
+        mask.transpose(Image.Transpose.ROTATE_90).save(tmp_path/f'{mode}.png', exif=exif)
+        draw = lambda m: pipe('a', base_image=Image.new('RGB', size, 'red'), mask=m, image_guidance_scale=0.05, generator=1)
+        assert draw(Image.open(tmp_path/f'{mode}.png'))[0].tobytes() == draw(mask)[0].tobytes()
+
+
+@pytest.mark.parametrize('settings, words', [(dict(pull='x_1'), "there is no pull 'x_1': use 'x_t'.*or 'x_0'"), (dict(pull='x_0'), 'image_guidance_scale is missing.*from 0 to 1'),
+                                             (dict(pull='x_0', image_guidance_scale=2.), 'from 0 .* to 1')])
+def test_a_pull_that_is_none(pipe, settings, words):
+    with pytest.raises(ValueError, match=words): pipe('a', base_image=Image.new('RGB', (64, 64)), **settings)
+    with pytest.raises(ValueError, match='pull would change nothing without a base_image'): pipe('a', pull='x_0')
 
 
 # -- presets of one's own -----------------------------------------------------------------------------------------
@@ -602,7 +663,7 @@ def test_a_seed_that_nobody_named_is_told(tmp_path):
     draw('b.png', '--seed', info['seed'])
     assert Image.open(tmp_path/'a.png') == Image.open(tmp_path/'b.png') and draw('c.png') and Image.open(tmp_path/'a.png') != Image.open(tmp_path/'c.png')
     draw('folder', '--seed', 5)
-    assert Image.open(tmp_path/'folder/00000.png').info == {'caption': 'a red apple', 'seed': '5', 'number': '0'}
+    assert Image.open(tmp_path/'folder/00000.png').info == {'caption': 'a red apple', 'seed': '5', 'number': '0', 'own_seed': str(image_seeds(5, 1)[0])}
 
 
 def test_variations_and_image_guidance_on_the_command_line(tmp_path):
@@ -617,8 +678,18 @@ def test_variations_and_image_guidance_on_the_command_line(tmp_path):
     says(draw('folder', '--image', tmp_path/'a.png', '-n', 2, '--sampler', 'ddim'), 'holds pictures of other settings (made_of')
     for out, options in (('free.png', ()), ('pulled.png', ('--base-image', tmp_path/'base.png', '--image-guidance-scale', 0.01))): assert draw(out, 'a red apple', *options).exit_code == 0
     assert np.abs(np.subtract(cell('free.png'), cell('pulled.png'), dtype=int)).max() > 20
+    mask = Image.new('RGBA', (64, 64))
+    mask.paste('white', (0, 0, 64, 32)); mask.save(tmp_path/'mask.png')
+    assert draw('half.png', 'a red apple', '--base-image', tmp_path/'base.png', '--mask', tmp_path/'mask.png').exit_code == 0
+    new, = pipe.inpaint('a red apple', base_image=base, mask=mask, generator=1, num_inference_steps=2)
+    assert np.abs(np.subtract(new, base, dtype=int))[:32].max() <= 1 < np.abs(np.subtract(new, base, dtype=int))[32:].max()
+    assert cell('half.png').tobytes() == _grid([new], ['a red apple'], 1).convert('RGB').tobytes()
+    says(draw('x.png', 'a', '--mask', tmp_path/'mask.png'), 'name it with --base-image')
+    says(draw('x.png', 'a', '--base-image', tmp_path/'base.png', '--mask', tmp_path/'mask.png', '--image-guidance-scale', 0.1), 'leave out --image-guidance-scale')
+    with pytest.raises(ValueError, match='the mask is None'): pipe.inpaint('a', base_image=base, mask=None)
     says(draw('x.png', 'a red apple', '--image', tmp_path/'a.png'), 'give one of the two')
     says(draw('other', 'a red apple', '--base-image', tmp_path/'a.png'), 'image guidance is for a grid')
+    says(draw('other', 'a red apple', '--mask', tmp_path/'mask.png'), 'image guidance is for a grid')
     says(draw('x.png', '--image', tmp_path/'none.png'), 'there is no picture')
     (tmp_path/'text.png').write_text('none')
     says(draw('x.png', '--image', tmp_path/'text.png'), 'text.png is damaged, or no picture')

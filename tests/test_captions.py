@@ -84,6 +84,11 @@ def test_the_text_encoder_learns_from_typed_captions(clip, monkeypatch):
     assert len(drawn) > 10 and drawn <= {tuple(t.tolist()) for t in expected}
 
 
+def test_a_word_without_end(clip):
+    "Whoever sends one does not stop all others: each regular expression reads it once."
+    with pytest.warns(UserWarning, match='word pieces'): clip.encode_captions(['x'*50_000 + ' buses'])
+
+
 def test_captions_may_come_one_by_one(clip):
     pipe = TextToImage.from_preset('smoke', 'cpu')
     assert torch.equal(pipe.embed_captions(map(str.strip, ['a dog ', ' a cat'])), pipe.embed_captions(['a dog', 'a cat']))

@@ -281,7 +281,7 @@ def test_the_hub_is_asked_for_an_id(pipe, tmp_path, monkeypatch):
 def test_folder_without_its_configuration(published, tmp_path):
     told(lambda: TextToImage.from_pretrained(published, 'cpu'), 'config.json', 'folder=')
     (tmp_path/'config.json').write_text('{"model_type": "bert"}')
-    told(lambda: TextToImage.from_pretrained(tmp_path, 'cpu'), 'config.json', 'translator')
+    told(lambda: TextToImage.from_pretrained(tmp_path, 'cpu'), 'config.json', 'decoder')
     (tmp_path/'config.json').write_text('{')
     told(lambda: TextToImage.from_pretrained(tmp_path, 'cpu'), 'config.json', 'JSON')
 
@@ -305,10 +305,17 @@ def test_weights_that_need_their_header_keep_it(tmp_path, header):
     with pytest.raises(ValueError, match='has no header: keep it as safetensors'): convert(tmp_path/'some.safetensors', tmp_path/'some.pt')
 
 
+def test_statistics_of_pictures_alone_are_converted(tmp_path):
+    save_weights(tmp_path/'ours/statistics.safetensors', {'image_mean': torch.zeros(2), 'image_std': torch.ones(2)})
+    assert [p.name for p in convert(tmp_path/'ours', tmp_path/'theirs')] == ['image_embedding_mean.npy', 'image_embedding_std.npy']
+
+
 def test_average_from_the_shell(tmp_path):
     for i, value in enumerate((1., 3.)): save_weights(tmp_path/f'{i}.safetensors', {'w': torch.full((2,), value)})
     result = shell('average', tmp_path/'0.safetensors', tmp_path/'1.safetensors', '--out', tmp_path/'new/mean.safetensors')
     assert result.exit_code == 0 and result.output.strip() == str(tmp_path/'new/mean.safetensors')
     assert load_weights(tmp_path/'new/mean.safetensors')[0]['w'].tolist() == [2., 2.]
+    for i, statistics in enumerate('ab'): save_weights(tmp_path/f'{i}.safetensors', {'w': torch.zeros(2)}, {'stage': 'translator', 'statistics': statistics})
+    says(shell('average', tmp_path/'0.safetensors', tmp_path/'1.safetensors', '--out', tmp_path/'x.safetensors'), "'statistics' is not the same in both")
     result = shell('average', tmp_path/'0.safetensors', '--out', tmp_path/'x.safetensors')
     assert result.exit_code == 1 and result.output.strip() == '1 file was given: a mean needs the weights of at least two networks'

@@ -1,5 +1,6 @@
 """Code of one's own on top of the package: parts put together by hand, own schedules, variants and loops, and what is handed over by mistake."""
 import copy
+import itertools
 import json
 import re
 import warnings
@@ -89,6 +90,68 @@ def test_image_guidance_for_another_number_of_steps(pipe):
     drawn(pipe.diffusion.respace(5))
 
 
+def test_a_guidance_of_ones_own(pipe):
+    "It sees which pictures of the batch are drawn, and comes before the threshold."
+    size, levels, parts = pipe.decoder.image_size, torch.tensor([-1., 0., 0.5, 3.]).reshape(4, 1, 1, 1), []
+    def guide(denoiser, diffusion, part):
+        parts.append((part.start, diffusion.timesteps))
+        return lambda x_t, t: (levels[part].expand_as(x_t), denoiser(x_t, t)[1])
+    drawn = pipe(image_embeddings=torch.zeros(4, pipe.decoder.embedding_size), generator=0, guide=guide, batch_size=3, num_inference_steps=2, sampler='ddim')
+    assert parts == [(0, 2), (3, 2)]
+    own = [np.asarray(p).mean() for p in drawn]
+    assert own == sorted(own) and own[0] == 0 and own[3] == 255 and len(set(own)) == 4
+
+
+def test_inpainting_keeps_what_is_known(pipe):
+    "The pull on the image that the decoder sees, with a base image and a mask of its own for each picture of a batch of any size."
+    size, rng = pipe.preset.data.image_size, np.random.default_rng(0)
+    bases = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(3)]
+    masks = rng.random((3, 1, size, size)) < 0.5
+    draw = lambda mask, batch_size, **how: pipe('a', num_images_per_prompt=3, base_image=bases, mask=mask, generator=0, batch_size=batch_size, **how)
+    for how in (dict(pull='x_0', image_guidance_scale=1., decay='constant'), dict(image_guidance_scale=0.02)):
+        drawn = draw(masks, 3, **how)
+        assert same(drawn, draw(masks, 2, **how)) and same(drawn, draw([Image.fromarray(m[0].astype(np.uint8)*255) for m in masks], 2, **how))
+        assert not same(drawn, draw(masks[:1], 3, **how))
+        kept = [np.abs(np.asarray(d).astype(int) - np.asarray(b))[m[0]].max() for d, b, m in zip(drawn, bases, masks)]
+        assert (max(kept) <= 1) == ('pull' in how)
+    assert not same(drawn, draw(masks, 3, image_guidance_scale=0.02, decay=torch.square))
+
+
+def test_a_decoder_without_weights(pipe):
+    class White(torch.nn.Module):
+        embedding_size, in_channels, image_size = pipe.decoder.embedding_size, 3, pipe.decoder.image_size
+        def forward(self, x, t, y): return torch.ones_like(x)
+    preset = copy.deepcopy(pipe.preset)
+    preset.diffusion.target = 'x0'
+    drawn, = TextToImage(pipe.clip, torch.nn.Identity(), White(), pipe.statistics, preset)('a', generator=0)
+    assert (np.asarray(drawn) == 255).all()
+
+
+def test_other_default_types(pipe, tmp_path):
+    folder = pipe.save_pretrained(tmp_path)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try: drawn = TextToImage.from_pretrained(folder, 'cpu')('a cat', generator=0)
+        finally: torch.set_default_dtype(torch.float32)
+        assert same(drawn, pipe('a cat', generator=0))
+
+
+def test_a_folder_holds_the_pipeline_that_was_saved_last(own_pipe, tmp_path):
+    folder = own_pipe.save_pretrained(tmp_path)
+    alone = copy.deepcopy(own_pipe)
+    alone.translator = None
+    alone.save_pretrained(folder)
+    again = TextToImage.from_pretrained(folder, 'cpu')
+    assert again.translator is None and same(again('a', translate=False, generator=0), alone('a', translate=False, generator=0))
+
+
+def test_a_sampler_that_does_not_reach_the_end(monkeypatch):
+    denoiser, diffusion, x = (lambda x_t, t: (0*x_t, 0*x_t)), Diffusion().respace(5), torch.zeros(1, 3, 2, 2)
+    for some, words in ((2, 'at t = 3'), (0, 'without a step')):
+        monkeypatch.setitem(SAMPLERS, 'mine', lambda *of, **options: itertools.islice(SAMPLERS['ddim'](*of, **options), some))
+        with pytest.raises(ValueError, match=f"'mine' ended {words}"): sample('mine', denoiser, diffusion, x)
+
+
 @pytest.mark.parametrize('result', [lambda x: x, lambda x: iter([x])])
 def test_a_sampler_that_is_none(result, monkeypatch):
     monkeypatch.setitem(SAMPLERS, 'mine', lambda denoiser, diffusion, x_T, generators, **options: result(x_T))
@@ -113,6 +176,7 @@ def test_networks_of_ones_own(pipe):
             super().__init__()
             self.level = torch.nn.Parameter(torch.tensor(0.))
         def forward(self, x, t, y): return self.level.expand_as(x)
+    with pytest.raises(TypeError, match='the upsampler has no attribute embedding_size and no num_classes and no image_size and no enlarge'): TextToImage(translator=None, upsampler=torch.nn.Identity(), **parts)
     preset = copy.deepcopy(pipe.preset)
     preset.diffusion.target = 'x0'
     drawn, = TextToImage(translator=torch.nn.Identity(), **parts | {'decoder': Grey(), 'preset': preset})('a', generator=0)

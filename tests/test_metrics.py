@@ -201,8 +201,20 @@ def test_what_is_transparent_is_white():
 
 
 def test_paths_are_no_pictures():
-    for images in ('folder', ['a.png', 'b.png']):
-        with pytest.raises(ValueError, match='holds str and should hold PIL pictures'): extract_features(images, device='cpu')
+    with pytest.raises(ValueError, match='holds str and should hold PIL pictures'): extract_features(['a.png', 'b.png'], device='cpu')
+
+
+def test_a_folder_of_pictures(pictures, tmp_path):
+    _, pictures = pictures
+    for i, picture in enumerate(pictures[:9]): Image.fromarray(picture).save(tmp_path/f'{i}.png')
+    (tmp_path/'settings.json').write_text('{}')
+    (tmp_path/'.half.png').write_bytes(b'half')
+    assert torch.equal(extract_features(tmp_path, device='cpu').pooled, extract_features(pictures[:9], device='cpu').pooled)
+    assert evaluate(str(tmp_path), pictures[:9], device='cpu')['fid'] == pytest.approx(0, abs=1e-3)
+    with pytest.raises(FileNotFoundError, match='no folder .*nowhere'): extract_features(tmp_path/'nowhere')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='empty holds no pictures'): extract_features(tmp_path/'empty')
+    with pytest.raises(TypeError, match="clip is a list: give a CLIP"): metrics.clip_score([], pictures[:1], ['a'])
 
 
 def test_a_picture_that_lies_on_its_side_is_upright(tmp_path):

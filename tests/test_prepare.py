@@ -21,7 +21,7 @@ from shell import says, shell
 from test_readers import Stub, own_pictures, pairs, picture, write_tar
 
 from t2i import data
-from t2i.core import load_weights, save_weights, square
+from t2i.core import Preset, load_preset, load_weights, save_weights, square
 from t2i.data import PreparedDataset, Statistics, merged_statistics, moments, prepare, training_statistics
 
 
@@ -308,6 +308,17 @@ def test_pictures_without_captions_train_the_decoder_only(imagenet, tmp_path):
     assert statistics.text is None and statistics.image.mean.shape == (2,)
     with pytest.raises(ValueError, match='no captions'): train.text_embeddings([0])
     with pytest.raises(ValueError, match='no captions, and the translator learns from captions'): TranslatorTask('smoke', tmp_path/'out')
+
+
+def test_samples_are_drawn_from_captions_where_there_are_some(raw, imagenet, tmp_path):
+    "Beside pictures without, as with the thesis's data."
+    from t2i.decoder import DecoderTask, make_decoder
+    prepare(Stub(), [imagenet, raw], tmp_path/'out', progress=False, image_size=64)
+    preset = Preset.nest(load_preset('smoke') | {'clip': {'embedding_size': 2}})
+    asked, translator = [], lambda text: (asked.append(text.shape), text[:, :2])[1]
+    task = DecoderTask(preset, tmp_path/'out', translator)
+    grid, alone = task.samples(make_decoder(preset).eval(), 4), DecoderTask(preset, tmp_path/'out').samples(make_decoder(preset).eval(), 4)
+    assert asked == [(4, 3)] and grid.height > 1.3*alone.height
 
 
 def test_sources_are_prepared_together(raw, imagenet, tmp_path):

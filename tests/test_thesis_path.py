@@ -173,6 +173,22 @@ def test_shares_batches_and_numbers_of_pictures(pipe, tmp_path):
     assert len(json.loads((tmp_path/'full_pipeline_1/settings.json').read_text())['captions']) == 7
 
 
+def test_each_picture_has_a_seed_of_its_own(pipe, tmp_path):
+    "Told in its file; with a list of them pictures are drawn again, also one by one and in another order."
+    captions = ['a', 'b', 'c']
+    def draw(name, seed, captions=captions): return draw_to_folder(pipe, captions, lambda: pipe.embed_captions(captions), tmp_path/name, seed, **SETTINGS)
+    first = [Image.open(p) for p in draw('first', 5)]
+    seeds = [int(p.info['own_seed']) for p in first]
+    again = [Image.open(p) for p in draw('again', seeds[::-1], captions[::-1])][::-1]
+    assert [p.tobytes() for p in first] == [p.tobytes() for p in again] and 'seed' in first[0].info and 'seed' not in again[0].info
+    alone, = pipe('b', generator=[seeds[1]], **SETTINGS)
+    assert np.abs(np.subtract(alone, first[1].convert('RGB'), dtype=int)).max() <= 1
+    assert len(draw('again', [*seeds[::-1], 1], captions[::-1] + ['d'])) == 4
+    with pytest.raises(ValueError, match='other settings .seed'): draw('again', [1, 2, 3], captions[::-1])
+    with pytest.raises(ValueError, match='2 seeds were given for 3 captions'): draw('x', [1, 2])
+    with pytest.raises(ValueError, match="the seed is 'a'"): draw('x', [1, 'a', 3])
+
+
 def test_a_picture_that_was_cut_short_by_a_kill_is_not_kept(pipe, tmp_path):
     pairs = draw_pairs(4, 1)
     draw_variant('Full pipeline', pipe, pairs, 1, tmp_path, **SETTINGS)

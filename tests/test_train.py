@@ -249,17 +249,29 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('number, error', [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_does_not_wait_for_samples(tmp_path, number, error):
-    "They are drawn after a checkpoint, and the weights are not left averaged."
+@pytest.mark.parametrize('during', ['samples', 'exchange'])
+def test_a_signal_does_not_wait_for_samples(tmp_path, number, error, during):
+    "They are drawn after a checkpoint. The averaged weights go back in whole, also if it comes while they do."
+    class Network(nn.Linear):
+        def train(self, mode=True):
+            if mode and drawn and during == 'exchange': signal.raise_signal(number)
+            return super().train(mode)
+
     class Draws(Line):
+        def __init__(self):
+            super().__init__()
+            self.model.__class__ = Network
         def samples(self, model):
+            drawn.append(True)
+            if during == 'exchange': return None
             signal.raise_signal(number)
             raise AssertionError('it went on')
 
-    task, config = Draws(), LINE | {'save_minutes': 60., 'sample_every': 5, 'ema': 0.9}
+    drawn, task, config = [], Draws(), LINE | {'save_minutes': 60., 'sample_every': 5, 'ema': 0.9}
     with pytest.raises(error): train(task, config, tmp_path, device='cpu', progress=False)
     state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
     assert state['step'] == 5 and all(torch.equal(v, state['model'][k]) for k, v in task.model.state_dict().items())
+    assert torch.is_grad_enabled() and len(drawn) == 1
     train(Line(), config, tmp_path, device='cpu', progress=False)
     train(Line(), config, tmp_path/'whole', device='cpu', progress=False)
     torch.testing.assert_close(losses(tmp_path), losses(tmp_path/'whole'), atol=0, rtol=0)

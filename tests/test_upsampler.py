@@ -98,10 +98,10 @@ def test_zero_shot_labels():
 
 def test_given_labels():
     x = torch.zeros(3, 3, 8, 8)
-    for label, labels in [(436, [436]*3), ([1, 2, 3], [1, 2, 3]), (torch.tensor([4, 5, 6]), [4, 5, 6])]:
+    for label, labels in [(436, [436]*3), (np.int64(7), [7]*3), ([1, 2, 3], [1, 2, 3]), (torch.tensor([4, 5, 6]), [4, 5, 6])]:
         chosen = choose_labels(label, x, None)
         assert chosen.tolist() == labels and chosen.dtype == torch.int64
-    for wrong in ('dog', -1, 1000, [1, 2], None, 1.5):
+    for wrong in ('dog', -1, 1000, [1, 2], None, 1.5, True, ['dog']*3, [float('nan')]*3, [True]*3, torch.tensor(3.)):
         with pytest.raises(ValueError, match='0 to 999'): choose_labels(wrong, x, None)
 
 
