@@ -1,6 +1,6 @@
 """Make the outputs of executed notebooks fit to be committed: `python .ci/outputs.py nbs/05_experiments.ipynb …`
 
-Progress bars, warnings and widgets without a kernel go; pictures keep 48 colours, or become JPEG where that is smaller."""
+Progress bars, warnings and widgets without a kernel go; pictures keep 64 colours, or become JPEG where that is smaller."""
 import base64
 import io
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 def smaller(png: str) -> str:
     "A base64 PNG → the same with a palette, if that is smaller."
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(48, kmeans=1, dither=Image.Dither.NONE).save(buffer, 'png', optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, kmeans=1, dither=Image.Dither.NONE).save(buffer, 'png', optimize=True)
     return min(base64.b64encode(buffer.getvalue()).decode(), png, key=len)
 
 
