@@ -110,8 +110,9 @@ def test_inpainting_keeps_what_is_known(pipe):
     draw = lambda mask, batch_size, **how: pipe('a', num_images_per_prompt=3, base_image=bases, mask=mask, generator=0, batch_size=batch_size, **how)
     for how in (dict(pull='x_0', image_guidance_scale=1., decay='constant'), dict(image_guidance_scale=0.02)):
         drawn = draw(masks, 3, **how)
-        assert same(drawn, draw(masks, 2, **how)) and same(drawn, draw([Image.fromarray(m[0].astype(np.uint8)*255) for m in masks], 2, **how))
-        assert not same(drawn, draw(masks[:1], 3, **how))
+        off = lambda others: np.abs(np.stack(others).astype(int) - np.stack(drawn)).max()
+        assert off(draw(masks, 2, **how)) <= 1 and off(draw([Image.fromarray(m[0].astype(np.uint8)*255) for m in masks], 2, **how)) <= 1
+        assert off(draw(masks[:1], 3, **how)) > 20
         kept = [np.abs(np.asarray(d).astype(int) - np.asarray(b))[m[0]].max() for d, b, m in zip(drawn, bases, masks)]
         assert (max(kept) <= 1) == ('pull' in how)
     assert not same(drawn, draw(masks, 3, image_guidance_scale=0.02, decay=torch.square))

@@ -180,9 +180,9 @@ def test_each_picture_has_a_seed_of_its_own(pipe, tmp_path):
     first = [Image.open(p) for p in draw('first', 5)]
     seeds = [int(p.info['own_seed']) for p in first]
     again = [Image.open(p) for p in draw('again', seeds[::-1], captions[::-1])][::-1]
-    assert [p.tobytes() for p in first] == [p.tobytes() for p in again] and 'seed' in first[0].info and 'seed' not in again[0].info
     alone, = pipe('b', generator=[seeds[1]], **SETTINGS)
-    assert np.abs(np.subtract(alone, first[1].convert('RGB'), dtype=int)).max() <= 1
+    for one, other in [*zip(first, again), (first[1], alone)]: assert np.abs(np.subtract(one.convert('RGB'), other.convert('RGB'), dtype=int)).max() <= 1
+    assert 'seed' in first[0].info and 'seed' not in again[0].info
     assert len(draw('again', [*seeds[::-1], 1], captions[::-1] + ['d'])) == 4
     with pytest.raises(ValueError, match='other settings .seed'): draw('again', [1, 2, 3], captions[::-1])
     with pytest.raises(ValueError, match='2 seeds were given for 3 captions'): draw('x', [1, 2])
