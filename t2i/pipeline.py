@@ -406,7 +406,7 @@ class TextToImage:
         noise = settings.get('noise', 0.) if noise is None else noise
         def enlarge(x, y, generators):
             with _memory_for(min(size, len(x)), self.upsampler.image_size):
-                return super_resolve(diffusion, self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size, progress)
+                return super_resolve(diffusion, self.upsampler, x, y, generators, settings.sampler, settings.steps, noise, size)
         pictures, small = [None]*len(x), [i for i, original in enumerate(originals) if original is None]
         with tqdm(total=len(x), desc='enlarged', disable=not progress) as bar:
             for part in [small[i:i + size] for i in range(0, len(small), size)]:
