@@ -106,7 +106,8 @@ def generate(
     image: Optional[List[Path]] = typer.Option(None, help='A picture to draw variations of, instead of captions; may be given several times.'),
     base_image: Optional[Path] = typer.Option(None, help='Image guidance: a picture that those of a grid are pulled to.'),
     image_guidance_scale: Optional[float] = typer.Option(None, help="How strongly; default: the preset's."),
-    mask: Optional[Path] = typer.Option(None, help='Inpainting: a picture that is white where the base image stays as it is, and black where something new is drawn.'),
+    mask: Optional[Path] = typer.Option(None, help='Inpainting: a picture that is white where the base image stays as it is, and black '
+                                                   'where something new is drawn.'),
     upsample: Optional[bool] = typer.Option(None, help='Enlarge the pictures; a grid shows the class that an upsampler with classes took '
                                                        'each for. Default: if the preset has an upsampler of its own.'),
     batch_size: Optional[int] = BATCH_SIZE,

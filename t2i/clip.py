@@ -476,7 +476,8 @@ class TextTask(ClipTask):
         invented=None,  # {'recoloured': folder, 'composed': folder} of pictures that nobody drew, of which training takes the preset's shares
         teacher: 'CLIP | None' = None,  # whose text embeddings stay as they are, but for captions of composed pictures, which it needs
     ):
-        if teacher and 'composed' not in (invented or {}): raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
+        if teacher and 'composed' not in (invented or {}):
+            raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
         self.preset, self.clip, self.model, self.teacher = load_preset(preset), clip, clip.model, teacher
         def pairs(table, keywords):
             typed = [typed_captions(*row) for row in zip(table['name'], table['style'], table.concept, keywords)]

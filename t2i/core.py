@@ -113,7 +113,8 @@ def _check_preset(path, read):
         others = (NETWORKS if section in NETWORKS and not isinstance(value, dict) else ['diffusion'] if section.endswith(('.diffusion', '.finish'))
                   else [s for s in known if s.startswith('train.')] if section.startswith('train.') else [])
         own = {k for s, keys in OF_TRAINING.items() if s != section for k in keys} | {*(OF_UPSAMPLER if section != 'upsampler' else ())}
-        alike = [known.get(section, {})] + [{k: v for k, v in known.get(s, {}).items() if s not in NETWORKS or k not in own} for s in others if s != section]
+        alike = [known.get(section, {})] + [{k: v for k, v in known.get(s, {}).items() if s not in NETWORKS or k not in own}
+                                            for s in others if s != section]
         keys, kinds = set().union(*alike), set().union(*(s.get(key, ()) for s in alike))
         if 'a number' in kinds: kinds.add('a whole number')
         if not kinds and not section.startswith(('clip.', 'train.')):  # open_clip knows its own keys, `make_config` those of a training

@@ -60,7 +60,8 @@ class TextToImage:
 
     Put together by hand, the networks are `torch.nn.Module`s of any kind: the translator text embeddings [N, E] → image embeddings [N, E], both standardised;
     the decoder (x_t, t, y) → [N, 6, H, W] or [N, 3, H, W], see `Diffusion.interpret`, with the attributes embedding_size, in_channels and image_size;
-    the upsampler the same of x_t and the enlarged picture, [N, 6, H, W], with embedding_size or num_classes, image_size and enlarge, see `Upsampler`. A `TypeError` for others."""
+    the upsampler the same of x_t and the enlarged picture, [N, 6, H, W], with embedding_size or num_classes, image_size and enlarge, see `Upsampler`.
+    A `TypeError` for others."""
     def __init__(self, clip: CLIP, translator, decoder, statistics: Statistics, preset, upsampler=None):
         for name, network in (('translator', translator), ('decoder', decoder), ('upsampler', upsampler)):
             if network is not None and not isinstance(network, torch.nn.Module):
@@ -68,7 +69,8 @@ class TextToImage:
         for name, network, told in (('decoder', decoder, ('embedding_size', 'in_channels', 'image_size')),
                                     ('upsampler', upsampler, ('embedding_size', 'num_classes', 'image_size', 'enlarge'))):
             if network is not None and (lacking := [k for k in told if not hasattr(network, k)]):
-                raise TypeError(f"the {name} has no attribute {' and no '.join(lacking)}: a network of your own says what it reads and draws, as UNet does")
+                raise TypeError(f"the {name} has no attribute {' and no '.join(lacking)}: a network of your own says what it reads and "
+                                f"draws, as UNet does")
         self.clip, self.statistics, self.preset = clip, statistics, load_preset(preset)
         self.translator, self.decoder, self.upsampler = translator and translator.eval(), decoder.eval(), upsampler and upsampler.eval()
         sizes = {"the preset's clip.embedding_size": self.preset.clip.embedding_size, 'CLIP': clip.embedding_size,
@@ -228,7 +230,8 @@ class TextToImage:
             image_embeddings = torch.cat([v.reshape(-1, expected) for v in image_embeddings])
         try: y = as_tensor(image_embeddings).float()
         except (TypeError, ValueError):
-            raise ValueError(f"image_embeddings are a {type(image_embeddings).__name__} of what are no numbers: give a tensor or array [N, {expected}]") from None
+            raise ValueError(f"image_embeddings are a {type(image_embeddings).__name__} of what are no numbers: give a tensor or array "
+                             f"[N, {expected}]") from None
         if y.ndim != 2 or y.shape[1] != expected or not len(y):
             raise ValueError(f"image_embeddings have shape {list(y.shape)}: expected [N, {expected}], standardised, as embed_images returns them")
         if not y.isfinite().all():
@@ -269,11 +272,13 @@ class TextToImage:
                             ('image_guidance_scale', image_guidance_scale), ('upsampler_noise', upsampler_noise)):
             if value is not None and not isinstance(value, numbers.Real): raise ValueError(f"{name} is {value!r}: give a number")
         self._check_settings(num_inference_steps, guidance_scale, sampler, upsample, batch_size)
-        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale, 'decay': None if decay == 'linear' else decay,
+        self._check_idle((base_image is not None, 'a base_image', {'mask': mask, 'image_guidance_scale': image_guidance_scale,
+                                                                   'decay': None if decay == 'linear' else decay,
                                                                    'pull': None if pull == 'x_t' else pull}),
                          (upsample, 'upsample=True', {'upsampler_label': upsampler_label, 'upsampler_noise': upsampler_noise}),
                          (captions is not None, 'captions', {'translate': None if translate else False}))
-        if pull not in ('x_t', 'x_0'): raise ValueError(f"there is no pull {pull!r}: use 'x_t', the latents, or 'x_0', the image that the decoder sees in them")
+        if pull not in ('x_t', 'x_0'):
+            raise ValueError(f"there is no pull {pull!r}: use 'x_t', the latents, or 'x_0', the image that the decoder sees in them")
         if pull == 'x_0' and image_guidance_scale is None:
             raise ValueError("image_guidance_scale is missing, and the preset's is for pull='x_t': give a number from 0 to 1, such as 0.3")
         y = self._embeddings(captions, images, image_embeddings, translate).repeat_interleave(num_images_per_prompt, 0)
@@ -296,8 +301,7 @@ class TextToImage:
                 pulled = (lambda denoiser, diffusion: x_0_guidance(denoiser, diffusion, target, scale, decay, where)) if pull == 'x_0' else None
                 with _memory_for(len(y[part]), self.preset.data.image_size):
                     x = decode(process, self.decoder, y[part], generators[part], sampler or s.sampler, steps, hook=hook,
-                               x_T=None if latents is None else latents[part],
-                               guide=own, pull=pulled, **guidance)
+                               x_T=None if latents is None else latents[part], guide=own, pull=pulled, **guidance)
                 drawn.append(x)
                 bar.update(len(x))
         x = torch.cat(drawn)
@@ -357,9 +361,9 @@ class TextToImage:
                     if m.width != m.height and any(abs(a - b) > 1 for a, b in zip(fitted(m.size, size), fitted(on_white(base).size, size))):
                         raise ValueError(f"the mask has {m.width}×{m.height} pixels and a base image {base.width}×{base.height}: give masks of "
                                          f"the base image's shape, or squares")
-            masks = [m.convert('RGBA') if 'transparency' in m.info else m for m in masks]
+            masks = [m.convert('RGBA') if 'transparency' in m.info else m for m in masks]  # where nothing is painted it is black
             masks = [Image.composite(on_white(m), Image.new('RGB', m.size), m.getchannel('A')) if 'A' in m.mode else on_white(m) for m in masks]
-            masks = [m.convert('L') for m in masks]  # nothing is black
+            masks = [m.convert('L') for m in masks]
             if (lightest := min(m.getextrema()[1] for m in masks)) < 128:
                 raise ValueError(f"the mask is a picture whose lightest grey is {lightest} of 255: paint white where the base image guides, or "
                                  f"give weights from 0 to 1 as an array")
@@ -502,7 +506,8 @@ def _keep_settings(folder: Path, new: dict):
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
     n = min(len(old['captions']), len(new['captions']))
-    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in ('captions', 'labels', 'made_of', 'seed') if isinstance(d.get(k), list)}).items()
+    lists = 'captions', 'labels', 'made_of', 'seed'
+    there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in lists if isinstance(d.get(k), list)}).items()
                      if not isinstance(v, dict)} for d in (old, new))
     wrong = next((k for k in there | asked if _differ(k, there.get(k), asked.get(k))), None)
     if wrong:

@@ -630,7 +630,8 @@ class _Run:
                     self.elapsed, due, self.terminated = self.agree(time.monotonic() - start,
                                                                     time.monotonic() - saved > self.c.save_minutes*60, self.asked_to_stop)
                     bar.update(100*self.used - bar.n)
-                    due, row, validates = due or self.finished or self.terminated or self.draws, {}, self.step % self.c.validate_every == 0 or self.finished
+                    due, row = due or self.finished or self.terminated or self.draws, {}
+                    validates = self.step % self.c.validate_every == 0 or self.finished
                     if self.step % self.c.log_every == 0 or due or validates:
                         numbers = self.means(lowest)  # before anything is saved
                         self.sums = {k: v*self.since for k, v in numbers.items()}  # of all processes alike, as a checkpoint keeps them

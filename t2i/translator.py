@@ -106,7 +106,8 @@ class TranslatorTask(Task):
         invented=None,  # {'recoloured': folder, 'composed': folder}: such folders of pictures that nobody drew, of which training takes the preset's shares
         teacher=None,  # a translator in eval mode, whose answers stay as they are, but for composed pictures, which it needs
     ):
-        if teacher and 'composed' not in (invented or {}): raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
+        if teacher and 'composed' not in (invented or {}):
+            raise ValueError("a teacher is for training with composed pictures: give invented={'composed': folder}")
         self.preset, self.teacher, prepared = load_preset(preset), teacher, Path(prepared)
         self.invented = {name: PreparedDataset(Path(folder)/'train', captions=True) for name, folder in (invented or {}).items()}
         self.data, self.held_out = (PreparedDataset(prepared/split, captions=True).check(self.preset.clip.embedding_size)

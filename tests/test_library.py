@@ -142,6 +142,7 @@ def test_a_folder_holds_the_pipeline_that_was_saved_last(own_pipe, tmp_path):
     alone = copy.deepcopy(own_pipe)
     alone.translator = None
     alone.save_pretrained(folder)
+    assert not (folder/'translator.safetensors').exists()
     again = TextToImage.from_pretrained(folder, 'cpu')
     assert again.translator is None and same(again('a', translate=False, generator=0), alone('a', translate=False, generator=0))
 
