@@ -268,7 +268,8 @@ def sample(
 def upsample_command(
     files: List[Path] = typer.Argument(..., help='Pictures, or folders of pictures; those larger than 64×64 pixels are enlarged in tiles, '
                                                  'smaller ones are brought to this size first.'),
-    out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names.'),
+    out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names; those that are '
+                                           'there are not made again.'),
     noise: float = typer.Option(0., help='How large the errors in the pictures are taken to be, as a standard deviation; 0 trusts every pixel.'),
     seed: int = typer.Option(0, **SEEDS, help='The same seed draws the same details.'),
     batch_size: Optional[int] = BATCH_SIZE,
@@ -276,24 +277,15 @@ def upsample_command(
     folder: Optional[Path] = FOLDER,
     device: Optional[str] = DEVICE,
 ):
-    "Enlarge pictures fourfold."
-    from t2i.data import read_picture
-    from t2i.pipeline import TextToImage
+    "Enlarge pictures fourfold, resumably."
+    from t2i.pipeline import TextToImage, upsample_to_folder
     from t2i.readers import picture_files
     _check_folder(out)
     files = [path for given in files for path in (picture_files(given) if given.is_dir() else [given])]
     if not files: raise ValueError("there are no pictures in the folder: name another one")
-    stems = [path.stem for path in files]
-    if twice := {s for s in stems if stems.count(s) > 1}:
-        raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
-    if taken := [p for p in files if p.exists() and (out/f'{p.stem}.png').exists() and p.samefile(out/f'{p.stem}.png')]:
-        raise ValueError(f"the larger picture would take the place of {taken[0]}: name another folder with --out")
-    pictures = [read_picture(path) for path in files]
     pipe = TextToImage.from_preset(_preset(preset, folder), device, folder)
-    for path, picture in zip(files, pictures):
-        larger, = pipe.upsample(picture, noise=noise, generator=seed, batch_size=batch_size, progress=True)
-        with atomic_path(out/f'{path.stem}.png') as tmp: larger.save(tmp)
-        typer.echo(out/f'{path.stem}.png')
+    with _when_stopped(f"the pictures that are done are kept in {out}: the same command goes on"):
+        for path in upsample_to_folder(pipe, files, out, noise, seed, batch_size, progress=True): typer.echo(path)
 
 # %% ../nbs/lib/cli.ipynb #83aa440b
 def _tell(report, folder):

@@ -18,7 +18,7 @@ from .core import randn
 def linear_schedule(
     timesteps: int,  # T
 ) -> Tensor:  # β of every timestep, float64 [T]
-    "β rises linearly, from 1e-4 to 0.02 at T = 1000 and in proportion to 1000/T otherwise (Ho et al., 2020)."
+    "β rises linearly, from 1e-4 to 0.02 at T = 1000 (Ho et al., 2020), and in proportion to 1000/T otherwise, as in OpenAI's code."
     scale = 1000/timesteps
     return torch.linspace(scale*1e-4, scale*0.02, timesteps, dtype=torch.float64).clamp(max=0.999)
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'load_model', 'TextToImage', 'upsample', 'process_share', 'read_settings', 'numbers_of', 'png_info',
-           'draw_to_folder']
+           'draw_to_folder', 'upsample_to_folder']
 
 # %% ../nbs/lib/pipeline.ipynb #015ee548
 import hashlib, json, math, numbers, os, warnings
+from collections import Counter
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .checkpoints import check_clip, fetch_folder, find_checkpoint, load_checkpo
 from .clip import CLIP, check_captions
 from .convolution import weights_stay
 from .core import ASSETS, as_tensor, atomic_path, compiles, device_of, enough_memory, fitted, fixed_seed, float32_by_default, flat, from_uint8, get_device, image_seeds, load_preset, make_generators, on_white, pil_pictures, save_json, save_weights, seeded, to_pil, to_tensor, to_uint8
-from .data import Statistics
+from .data import Statistics, read_picture
 from .decoder import decode, guidance_of, make_decoder, make_diffusion
 from .image_guidance import image_guidance, x_0_guidance
 from .sampling import get_sampler
@@ -575,5 +576,50 @@ def draw_to_folder(
             for i, picture in zip(part, pictures):
                 told = dict(caption=captions[i], number=i, own_seed=seeds[i], **({} if each_its_own else {'seed': seed}), **picture.info)
                 with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=png_info(**told))
+            bar.update(len(part))
+    return paths
+
+# %% ../nbs/lib/pipeline.ipynb #954e9741
+def _enlarged_from(path: Path) -> 'dict | None':
+    "What a picture file says that it was enlarged from; None if it says nothing."
+    try:
+        with Image.open(path) as picture: return json.loads(picture.info['enlarged_from'])
+    except (OSError, KeyError, ValueError): return None
+
+
+def upsample_to_folder(
+    pipe: TextToImage,
+    files: list,  # of pictures, of different names but for the endings
+    folder: 'str | Path',
+    noise: float = 0.,  # how large the errors in the pictures are taken to be, see `TextToImage.upsample`
+    seed: int = 0,  # of the details, as generator=seed gives them to a single picture
+    batch_size: 'int | None' = None,  # pictures of the decoder's size, or tiles of larger ones, enlarged at once; default: the preset's
+    progress: bool = False,
+) -> list:  # paths
+    "Enlarge pictures to PNG files of their names in `folder`, and go on where an earlier run was stopped. A `ValueError` refuses to write over a file that is something else."
+    files, folder = [Path(file) for file in files], Path(folder)
+    pipe._check_settings(upsample=True, batch_size=batch_size)
+    pipe._check_upsampling(None, noise, len(files))
+    stems = Counter(file.stem for file in files)
+    if twice := [stem for stem, n in stems.items() if n > 1]:
+        raise ValueError(f"two of the pictures would become {min(twice)}.png: enlarge them into different folders")
+    for file in files: read_picture(file)  # all of them can be, before the first is enlarged
+    settings = pipe.preset.upsampler.sampling | {'noise': noise}
+    weights = pipe.fingerprints()
+    same = {'seed': seed, 'sampling': {k: v for k, v in settings.items() if k != 'batch_size'},
+            'weights': {k: weights[k] for k in ('clip', 'statistics', 'upsampler')}}
+    paths = [folder/f'{file.stem}.png' for file in files]
+    made_of = [{'file': hashlib.sha256(file.read_bytes()).hexdigest(), **same} for file in files]
+    for path, file, made in zip(paths, files, made_of):
+        if path.exists() and _enlarged_from(path) != made:
+            raise ValueError(f"the larger {file} would take the place of {path}, which is something else, or was made with other settings: "
+                             f"name another folder, or delete it")
+    missing, size = [i for i, path in enumerate(paths) if not path.exists()], batch_size or settings.get('batch_size', 8)
+    with tqdm(total=len(missing), desc='enlarged', disable=not progress) as bar:
+        for part in [missing[i:i + size] for i in range(0, len(missing), size)]:
+            larger = pipe.upsample([read_picture(files[i]) for i in part], noise=noise, generator=image_seeds(seed, 1)*len(part),
+                                   batch_size=batch_size)
+            for i, picture in zip(part, larger):
+                with atomic_path(paths[i]) as tmp: picture.save(tmp, pnginfo=png_info(enlarged_from=json.dumps(made_of[i]), **picture.info))
             bar.update(len(part))
     return paths

@@ -19,9 +19,9 @@ from .convolution import Conv3x3
 # %% ../nbs/lib/unet.ipynb #bccb17e7
 def timestep_embedding(t, # timesteps, LongTensor [N]
                        channels, # width of the embedding, even
-                       max_period=10_000 # longest wavelength is 2π times this
+                       max_period=10_000 # the longest wavelength is just below 2π times this
                        ): # float32 [N, channels]: cosines, then sines
-    "Sinusoidal embedding of the timestep (Vaswani et al., 2017), wavelengths from 2π to 2π·`max_period`."
+    "Sinusoidal embedding of the timestep (Vaswani et al., 2017), wavelengths from 2π to just below 2π·`max_period`."
     half = channels // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t[:, None].float() * frequencies

@@ -513,6 +513,26 @@ def test_command_enlarges_the_pictures_of_a_folder(tmp_path):
     says(shell('upsample', tmp_path/'small', '--out', tmp_path/'small'), 'would take the place of', 'b.png')
 
 
+def test_command_goes_on_enlarging_where_it_was_stopped(tmp_path, monkeypatch):
+    for name, colour in (('a', 'red'), ('b', 'green'), ('c', 'blue')): Image.new('RGB', (64, 64), colour).save(tmp_path/f'{name}.png')
+    def enlarge(*options): return shell('upsample', *(tmp_path/f'{name}.png' for name in 'abc'), '--out', tmp_path/'large', '--batch-size', 1, *options)
+    ours, calls = TextToImage.upsample, []
+    def stopped(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return ours(self, *args, **kwargs)
+    monkeypatch.setattr(TextToImage, 'upsample', stopped)
+    assert 'the same command goes on' in enlarge().output
+    assert sorted(p.name for p in (tmp_path/'large').iterdir()) == ['a.png', 'b.png']
+    assert enlarge().exit_code == 0 and len(calls) == 4
+    assert enlarge().exit_code == 0 and len(calls) == 4  # nothing is left to do
+    says(enlarge('--seed', 1), 'would take the place of', 'a.png')
+    says(enlarge('--noise', 0.1), 'would take the place of', 'a.png')
+    Image.new('RGB', (64, 64)).save(tmp_path/'b.png')
+    says(enlarge(), 'would take the place of', 'b.png')
+    assert len(calls) == 4
+
+
 def test_command_takes_no_image_guidance_into_a_folder(tmp_path):
     says(shell('generate', 'a red apple', '--preset', 'smoke', '--out', tmp_path/'folder', '--image-guidance-scale', '0.3'), '--image-guidance-scale')
     assert not (tmp_path/'folder').exists()
