@@ -212,3 +212,10 @@ def test_margins_of_parts():
     found = part_scores(Parts(), ['a {red|green} {car|bus}'], [Image.new('RGB', (8, 8))])
     assert found.right.tolist() == [True, False] and found.margin.tolist() == pytest.approx([0.2, -0.3])
     assert found.part.tolist() == ['red', 'car'] and found.swapped.tolist() == ['a green car', 'a red bus']
+
+
+def test_a_smaller_copy_elsewhere_on_the_paper_is_a_copy():
+    few = TrainingPictures('cpu', limit=24)
+    small = Image.new('RGB', (192, 192), 'white')
+    small.paste(few.pictures[0].resize((128, 128), Image.Resampling.BICUBIC), (0, 64))
+    assert few.nearest([small])['copy'].all()

@@ -139,3 +139,10 @@ def test_every_stage_takes_its_share(few, tmp_path):
     assert pd.read_csv('kept/text/log.csv').kept.dropna().between(0, 2).all()
     other = shell('train', 'decoder', '--preset', preset, '--out', 'other', '--prepared', 'run/prepared', '--device', 'cpu')
     assert other.exit_code == 0 and not (tmp_path/'other/composed').exists(), other.output  # own pictures are not mixed with emoji
+
+
+def test_glasses_sit_lower_on_animals(monkeypatch):
+    ways, put, table = [], module.put_together, load_emoji('train')
+    monkeypatch.setattr(module, 'put_together', lambda way, *others: ways.append(way) or put(way, *others))
+    composed(table[table.subgroup == 'cat-face'], table, 20)
+    assert {way for way in ways if way.startswith('eyes')} == {'eyes of an animal'}

@@ -238,3 +238,14 @@ def test_a_kernel_distance_is_over_halves(monkeypatch):
     monkeypatch.setattr(metrics, 'kid_features_to_metric', lambda a, b, **options: asked.append(options['kid_subset_size']) or {'kernel_inception_distance_mean': 0., 'kernel_inception_distance_std': 0.})
     for n, m in ((10, 30), (300, 500), (3000, 2500)): kernel_distance(torch.zeros(n, 2), torch.zeros(m, 2))
     assert asked == [5, 150, 1000]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('pixels, within', [
+    (lambda g: torch.randint(256, (1, 3, 448, 448), dtype=torch.uint8, generator=g), lambda x: x.std() < 0.3),  # grey as the mean of its pixels
+    (lambda g: 255*torch.randint(2, (1, 3, 64, 64), dtype=torch.uint8, generator=g), lambda x: x.abs().max() <= 1)])  # nothing beyond black and white
+def test_pictures_are_resized_without_artefacts(pixels, within):
+    extractor, seen = metrics.EfficientNetLite0('x', ['1280']), []
+    extractor.network.conv_stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    extractor(pixels(torch.Generator().manual_seed(0)))
+    assert within(seen[0])

@@ -13,13 +13,14 @@ from PIL import Image
 
 from t2i.clip import Vocabulary
 from t2i.clip_algebra import hit_rates, ranks
-from t2i.core import fixed_seed, from_uint8, make_generators, randn, to_uint8
+from t2i.core import fitted, fixed_seed, from_uint8, make_generators, randn, square, to_uint8
 from t2i.costs import stage_table
-from t2i.data import Standardizer, merge_moments, moments
+from t2i.data import Standardizer, Statistics, merge_moments, moments
 from t2i.diffusion import SCHEDULES, Diffusion, PerfectDenoiser
+from t2i.guidance import classifier_guidance
 from t2i.sampling import SAMPLERS, sample
 from t2i.train import batch_indices, learning_rate_factor
-from t2i.unet import Attention, UNet
+from t2i.unet import Attention, ResBlock, UNet
 
 seeds = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
@@ -322,3 +323,47 @@ def test_inputs_of_an_analogy_do_not_count():
     embeddings = torch.tensor([[1., 0.], [1., 0.1], [1., 0.2], [1., 0.5]])
     assert ranks(table, questions, embeddings[:1], embeddings).tolist() == [1] and ranks(table, questions, embeddings[:1], embeddings, exclude_inputs=False).tolist() == [4]
     assert hit_rates(np.array([1, 5, 9]), 'xyz')['hits@5'] == 2/3
+
+
+def small_unet(**settings):
+    return UNet(16, model_channels=32, num_res_blocks=1, attention_resolutions=(8,), channel_mult=(1, 2), num_heads=1, embedding_size=8, **settings)
+
+
+def test_seams_mend_what_was_drawn_beside_what_was_seen():
+    model, seen, x = small_unet(seam_channels=8).eval(), [], torch.randn(2, 3, 16, 16)
+    model.seams[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    torch.nn.init.normal_(model.out[-1].weight)
+    others = torch.tensor([0, 999]), torch.randn(2, 8)
+    with torch.no_grad():
+        mended, model.seams = model(x, *others), None
+        plain = model(x, *others)
+    assert torch.equal(seen[0], torch.cat([plain, x], 1))
+    assert torch.equal(mended, plain) and plain.any()  # fresh seams change nothing
+
+
+def test_what_is_added_to_a_resblock_is_normalised():
+    "Figure 4.3."
+    block, x, emb = ResBlock(32, 32, 128, scale_shift=False), torch.randn(2, 32, 8, 8), torch.randn(2, 128)
+    torch.nn.init.normal_(block.out_layers[3].weight)
+    h = block.in_layers(x) + block.emb_layers(emb)[..., None, None]
+    torch.testing.assert_close(block(x, emb) - x, block.out_layers(h), rtol=1e-4, atol=1e-4)
+
+
+def test_every_block_of_a_unet_has_its_dropout():
+    model = small_unet(dropout=0.3, seam_channels=32, seam_blocks=1)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+
+
+def test_guidance_leaves_out_the_steps_without_a_picture_only():
+    diffusion, x = Diffusion(), torch.zeros(1, 3, 2, 2)
+    def moves(t): return classifier_guidance(lambda x, t: (x, x), diffusion, lambda x, t: x.sum((1, 2, 3)), 1., 'score')(x, t)[0].any()
+    assert moves((diffusion.alphas_cumprod < 5e-3).nonzero()[0]) and not moves(torch.tensor([999]))
+
+
+def test_a_needle_keeps_a_pixel():
+    assert fitted((1000, 1), 64) == (64, 1) and square(Image.new('RGB', (1000, 1)), 64).size == (64, 64)
+
+
+def test_the_digest_of_statistics_tells_means_and_deviations():
+    def of(mean, std): return Statistics(Standardizer(torch.full((4,), mean), torch.full((4,), std))).digest()
+    assert len({of(0., 1.), of(1., 1.), of(0., 2.)}) == 3 and of(0., 1.) == of(0., 1.)

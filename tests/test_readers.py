@@ -582,3 +582,10 @@ def test_a_change_at_the_end_of_a_shard_is_noticed(tmp_path, size):
     before = _content(tmp_path/'x')
     (tmp_path/'x').write_bytes(bytes(size - 1) + b'1')
     assert _content(tmp_path/'x') != before
+
+
+def test_a_caption_that_is_given_twice_counts_once(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    (tmp_path/'captions.csv').write_text('file,caption\na.png,a cat\na.png,a cat\na.png,my cat\n')
+    sample, = [sample for shard in find_shards(tmp_path) for sample in shard]
+    assert sample.captions == ('a cat', 'my cat')

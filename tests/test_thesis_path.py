@@ -15,6 +15,7 @@ import papermill
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import stand_ins
 from shell import says, shell
@@ -392,3 +393,9 @@ def test_each_number_of_table_5_1_is_in_its_column():
     row = table_5_1(numbers).iloc[0]
     assert (row['FID ↓'], row['IS ↑'], row['Precision ↑'], row['Recall ↑'], row['CLIP score ↑']) == ('1.1', '5.00', '0.200', '0.300', '40.0')
     assert (row['thesis FID'], row['thesis IS'], row['thesis precision'], row['thesis recall']) == ('65.9', '11.6', '0.804', '0.307')
+
+
+def test_all_of_a_pipeline_is_saved_in_the_precision_that_was_asked_for(tmp_path):
+    TextToImage.from_preset('smoke', 'cpu').save_pretrained(tmp_path, torch.float16)
+    for name in ('clip', 'translator', 'decoder'):
+        assert {v.dtype for v in load_file(tmp_path/f'{name}.safetensors').values() if v.is_floating_point()} == {torch.float16}, name

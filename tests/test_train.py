@@ -1,5 +1,5 @@
 "The training loop: several processes train as one does, and nothing is lost when a run dies."
-import math, os, random, resource, signal, sys, threading
+import math, os, random, resource, signal, sys, threading, time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import nn
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
 from t2i.core import Preset, compiles, load_into, load_preset, load_weights, make_generators, randn, save_weights
 from t2i.data import Standardizer, Statistics
-from t2i.decoder import DecoderTask, decode, make_decoder, make_diffusion
+from t2i.decoder import DecoderTask, decode, draw_augmentation, make_decoder, make_diffusion
 from t2i.train import Energy, Log, Task, TrainConfig, _Run, ema_rate, train
 from t2i.translator import TranslatorTask, make_translator, translator_validation
 
@@ -623,3 +623,53 @@ def test_validation_leaves_the_mode_as_it_was(training):
 
 def test_the_average_of_a_short_run_forgets_its_start():
     assert [ema_rate(0.9999, step) for step in (0, 90)] == [1/10, 91/100] and ema_rate(0.9999, 10**6) == 0.9999
+
+
+def test_changes_of_pictures_go_both_ways():
+    some = draw_augmentation(1., make_generators(0, 4000))[:, 1:]
+    assert abs((some > 0).float().mean(0) - (some < 0).float().mean(0)).max() < 0.05
+
+
+def test_validation_is_a_mean_over_pictures_and_not_over_batches(tmp_path):
+    task = DecoderTask(PRESET, prepared(tmp_path))
+    assert 0.5 < task.validate(task.model.eval())['validation_simple'] < 2  # of six; a fresh network says zero, and is off by the noise
+
+
+def test_a_changed_picture_keeps_the_embedding_that_it_was_told(tmp_path):
+    preset, seen = Preset.nest(PRESET | {'decoder': PRESET.decoder | {'augment': 1., 'drop': 0.}}), []
+    task = DecoderTask(preset, prepared(tmp_path), clip=SimpleNamespace(encode_pixels=lambda x: torch.zeros(4, 8)))
+    images, y, own, _, *rest = task.batch(torch.arange(4), make_generators(0, 4))
+    def network(x, t, y, augmentation):
+        seen.append(y)
+        return task.model(x, t, y, augmentation)
+    task.loss(network, (images, y, own, torch.tensor([True, False, True, False]), *rest))
+    assert torch.equal(seen[0][::2], y[::2]) and not seen[0][1::2].any()
+
+
+def test_gradients_are_clipped(tmp_path):
+    before = torch.cat([p.detach().flatten() for p in Line().model.parameters()])
+    after, _ = load_weights(train(Line(), LINE | {'clip_norm': 1e-12}, tmp_path, device='cpu', progress=False))
+    assert (torch.cat([after['weight'].flatten(), after['bias']]) - before).abs().max() < 1e-3  # far below Adam's ε
+
+
+def test_a_checkpoint_is_written_every_few_minutes(tmp_path):
+    class Slow(Line):
+        def loss(self, model, batch):
+            time.sleep(0.02)
+            if self.steps == 30: raise KeyboardInterrupt
+            return super().loss(model, batch)
+    with pytest.raises(KeyboardInterrupt): train(Slow(), LINE | {'save_minutes': 0.1/60, 'log_every': 100}, tmp_path, device='cpu', progress=False)
+    assert 1 <= torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] <= 30
+
+
+def test_a_plateau_is_no_improvement(tmp_path):
+    class Constant(Line):
+        def validate(self, model): return {'validation_loss': 1.}
+    train(Constant(), LINE | dict(validate_every=5, keep_best='validation_loss', patience=2), tmp_path, device='cpu', progress=False)
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 15
+
+
+def test_the_optimizer_has_the_settings_of_its_stage_from_the_first_step_on(tmp_path):
+    flat(tmp_path, SHORT | {'betas': (0.5, 0.9), 'weight_decay': 0.25, 'optimizer': 'adamw'})
+    group, = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['optimizer']['param_groups']
+    assert tuple(group['betas']) == (0.5, 0.9) and group['weight_decay'] == 0.25

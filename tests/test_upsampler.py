@@ -536,3 +536,27 @@ def test_command_goes_on_enlarging_where_it_was_stopped(tmp_path, monkeypatch):
 def test_command_takes_no_image_guidance_into_a_folder(tmp_path):
     says(shell('generate', 'a red apple', '--preset', 'smoke', '--out', tmp_path/'folder', '--image-guidance-scale', '0.3'), '--image-guidance-scale')
     assert not (tmp_path/'folder').exists()
+
+
+def test_the_network_is_given_the_small_picture_enlarged_as_its_preset_says(own):
+    model, low_res, seen = make_upsampler(own).eval(), torch.rand(1, 3, 16, 16)*2 - 1, []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 3:]))
+    super_resolve(make_upsampler_diffusion(own), model, low_res, torch.zeros(1, 4), 0, 'ddim', 1)
+    torch.testing.assert_close(seen[0], F.interpolate(low_res, scale_factor=4, mode=own.upsampler.enlarge))
+
+
+@torch.no_grad()
+def test_the_network_is_given_numbers_near_one(own):
+    model, seen, a = make_upsampler(own).eval(), [], make_upsampler_diffusion(own).alphas_cumprod[0]
+    model.input_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x_t = (torch.randn(1, 3, 64, 64)*(a*own.upsampler.residual**2 + 1 - a)**0.5).float()  # a latent of the enlarged picture's errors
+    model(torch.cat([x_t, torch.zeros_like(x_t)], 1), torch.tensor([0]), condition(torch.zeros(1, 4), torch.zeros(1)))
+    assert 0.8 < seen[0][:, :seen[0].shape[1]//2].std() < 1.2
+
+
+@torch.no_grad()
+def test_held_out_pictures_keep_their_embeddings(own, pairs):
+    task, seen = UpsamplerTask(Preset.nest(own | {'upsampler': own.upsampler | {'drop': 1.}}), pairs/'prepared', pairs/'large'), []
+    task.model.register_forward_pre_hook(lambda _, given, named: seen.append(named['y']), with_kwargs=True)
+    task.validate(task.model.eval())
+    assert seen[0][:, :4].any(1).all()
