@@ -3,6 +3,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,3 +220,20 @@ def test_a_smaller_copy_elsewhere_on_the_paper_is_a_copy():
     small = Image.new('RGB', (192, 192), 'white')
     small.paste(few.pictures[0].resize((128, 128), Image.Resampling.BICUBIC), (0, 64))
     assert few.nearest([small])['copy'].all()
+
+
+def test_a_first_run_is_left_out_unless_it_counts():
+    runs = []
+    assert len(measure.alternate({'a': lambda: runs.append(1)}, 'cpu', 0, rounds=2)['a']) == 2 and len(runs) == 3
+    assert len(measure.alternate({'a': lambda: runs.append(1)}, 'cpu', 0, rounds=2, warm_up=False)['a']) == 2 and len(runs) == 5
+
+
+def test_candidates_run_in_turn_until_the_time_is_over():
+    times = measure.alternate({'a': lambda: time.sleep(0.01), 'b': lambda: None}, 'cpu', 0.1, rounds=2)
+    assert len(times['a']) == len(times['b']) > 2
+    assert len(measure.alternate({'a': lambda: None}, 'cpu', 0, rounds=3)['a']) == 3
+
+
+def test_a_product_has_two_operations_for_each_of_its_terms_and_a_copy_reads_and_writes(monkeypatch):
+    monkeypatch.setattr(measure, 'alternate', lambda runs, *_: {name: [0.5] for name in runs})
+    assert measure.matmul_rate('cpu') == 2*1024**3/0.5 and measure.copy_rate('cpu') == 2*4*2**25/0.5

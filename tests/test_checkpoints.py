@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from shell import says, shell
 from stand_ins import URL, make_clip, save_statistics, save_torchscript, save_training_checkpoint
-from t2i.checkpoints import PUBLISHED, PUBLISHED_STATISTICS, convert
+from t2i.checkpoints import PUBLISHED, PUBLISHED_STATISTICS, convert, find_checkpoint
 from t2i.clip import CLIP
 from t2i.core import load_preset, load_weights, save_weights
 from t2i.decoder import make_decoder
@@ -319,3 +319,13 @@ def test_average_from_the_shell(tmp_path):
     says(shell('average', tmp_path/'0.safetensors', tmp_path/'1.safetensors', '--out', tmp_path/'x.safetensors'), "'statistics' is not the same in both")
     result = shell('average', tmp_path/'0.safetensors', '--out', tmp_path/'x.safetensors')
     assert result.exit_code == 1 and result.output.strip() == '1 file was given: a mean needs the weights of at least two networks'
+
+
+def test_our_own_file_comes_before_a_published_one(tmp_path):
+    for name in ('CLIP_translator.pt', 'translator.safetensors'): (tmp_path/name).touch()
+    assert find_checkpoint(tmp_path, 'translator').name == 'translator.safetensors'
+
+
+def test_converted_weights_keep_their_precision(tmp_path):
+    convert(save_weights(tmp_path/'a.safetensors', {'w': torch.ones(2).half()}), tmp_path/'b.pt')
+    assert load_weights(tmp_path/'b.pt', dtype=None)[0]['w'].dtype == torch.float16

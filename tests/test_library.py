@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i.classifier import NoisyClassifier
+from t2i.classifier import ClassifierTask, NoisyClassifier
 from t2i.clip import CLIP
 from t2i.clip_algebra import rank_of
 from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_weights, table_markdown, to_uint8
-from t2i.data import Statistics, find_picture
+from t2i.data import Statistics, decodable, find_picture, load_emoji
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
 from t2i.experiments import VARIANTS, Pairs, draw_variant
@@ -24,7 +24,7 @@ from t2i.guidance import classifier_free, classifier_guidance, clip_guidance
 from t2i.image_guidance import image_guidance
 from t2i.metrics import clip_score, extract_features, frechet_distance, kernel_distance, precision_recall
 from t2i.pipeline import TextToImage, draw_to_folder
-from t2i.plots import as_pictures
+from t2i.plots import as_pictures, image_grid, plot_bars, show_pairs, show_similarity
 from t2i.sampling import SAMPLERS, sample
 from t2i.unet import UNet
 
@@ -490,3 +490,63 @@ def test_a_classifier_of_another_process_or_none(pipe, tmp_path):
     with pytest.raises(ValueError, match='schedule'): NoisyClassifier.from_preset(other, 'cpu', tmp_path)
     save_weights(path, model.state_dict(), {})
     with pytest.raises(ValueError, match='does not say what its classes are'): NoisyClassifier.from_preset(preset, 'cpu', tmp_path)
+
+
+def test_noisy_pictures_keep_their_answers():
+    task, which = ClassifierTask('smoke'), torch.arange(700, 764)
+    _, t, group, style = task.batch(which, make_generators(0, 64))
+    table = decodable(load_emoji('train')).iloc[which]
+    assert [task.classes['group'][k] for k in group] == list(table.group) and [task.classes['style'][k] for k in style] == list(table['style'])
+    assert t.max() > 900
+
+
+def test_a_classifier_is_validated_on_held_out_pictures_with_the_same_noise():
+    task = ClassifierTask('smoke')
+    images, labels = task.held_out
+    task.training, task.held_out = None, (images[:4], {q: a[:4] for q, a in labels.items()})
+    assert task.validate(task.model.eval()) == task.validate(task.model)
+
+
+def test_counters_of_a_network_stay_whole_numbers(tmp_path):
+    path = save_weights(tmp_path/'x.safetensors', {'n': torch.tensor(2049)}, dtype=torch.float16)
+    assert load_weights(path)[0]['n'].item() == 2049
+
+
+def test_pictures_of_a_prompt_come_together(pipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr('t2i.pipeline.decode', lambda process, decoder, y, *_, **__: seen.append(y) or torch.zeros(len(y), 3, 64, 64))
+    pipe(image_embeddings=torch.tensor([[1.], [2.]]).expand(2, 32), num_images_per_prompt=2, generator=0)
+    assert seen[0][:, 0].tolist() == [1, 1, 2, 2]
+
+
+def test_pictures_of_another_process_are_refused(pipe, tmp_path):
+    own = copy.deepcopy(pipe)
+    draw_to_folder(own, ['a'], lambda: torch.zeros(1, 32), tmp_path, 0, num_inference_steps=1)
+    own.preset.diffusion.schedule = 'linear'
+    with pytest.raises(ValueError, match='diffusion.schedule'): draw_to_folder(own, ['a', 'b'], lambda: torch.zeros(2, 32), tmp_path, 0, num_inference_steps=1)
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    assert table_markdown(pd.DataFrame({'a': ['x'], 'b': [1]}), right=True).splitlines()[1] == '| --- | --: |'
+
+
+def test_numbers_of_a_heat_map_stand_in_their_cells():
+    texts = {t.get_text(): t.get_position() for t in show_similarity([[0., 1.], [2., 3.]]).axes[0].texts}
+    assert texts['1.00'] == (1, 0) and texts['2.00'] == (0, 1)
+
+
+def test_bars_tell_three_digits():
+    for value, text in ((1.234, '1.23'), (65.94, '65.9'), (124., '124')): assert [t.get_text() for t in plot_bars({'a': value}).axes[0].texts] == [text]
+
+
+def test_a_bar_with_an_error_shows_it_beside_one_without():
+    assert any(type(c).__name__ == 'ErrorbarContainer' for c in plot_bars({'a': (1., 0.1), 'b': 2.}).axes[0].containers)
+
+
+def test_pictures_a_little_too_narrow_for_a_grid_are_enlarged():
+    assert image_grid([Image.new('RGB', (100, 100))]).size == (208, 208)
+
+
+def test_the_left_of_a_pair_is_on_the_left():
+    shown = show_pairs([Image.new('RGB', (8, 8), 'red')], [Image.new('RGB', (8, 8), 'blue')]).axes[0].images[0].get_array()
+    assert tuple(shown[0, 0][:3]) == (255, 0, 0) and tuple(shown[0, -1][:3]) == (0, 0, 255)

@@ -156,3 +156,22 @@ def test_bad_calls(words, sentence, tmp_path):
     (tmp_path/'EMPTY').mkdir()
     done = run(*(str(tmp_path/w) if w.isupper() else w for w in words))
     assert done.exit_code == 1 and sentence in done.output and 'Traceback' not in done.output and not (tmp_path/'RUN').exists()
+
+
+def test_the_decoder_gets_most_of_the_time_and_both_stages_the_seed(pictures, tmp_path, monkeypatch):
+    class Enough(Exception): pass
+    found = {}
+    def train(task, config, out, seed=0, hours=None, **others):
+        found[out.name] = pytest.approx(hours), seed, torch.initial_seed()
+        if out.name == 'decoder': raise Enough
+        return ASSETS/'emoji/translator.safetensors'
+    monkeypatch.setattr('t2i.own_data.train', train)
+    with pytest.raises(Enough): train_on(pictures, tmp_path, hours=2., seed=7, device='cpu', progress=False)
+    assert found == {'translator': (0.2, 7, 7), 'decoder': (1.8, 7, 7)}
+
+
+def test_own_pictures_can_be_learned_from_scratch(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr('t2i.own_data.train_on', lambda *_, **settings: given.update(settings) or tmp_path)
+    assert shell('train', '--data', tmp_path, '--out', tmp_path/'run', '--scratch', '--seed', 3, '--device', 'cpu').exit_code == 0
+    assert given['scratch'] is True and given['seed'] == 3

@@ -11,15 +11,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from t2i.clip import Vocabulary
-from t2i.clip_algebra import hit_rates, ranks
+from t2i.clip import Vocabulary, recall
+from t2i.clip_algebra import combine, hit_rates, ranks
+from t2i.convolution import Conv3x3
 from t2i.core import fitted, fixed_seed, from_uint8, make_generators, randn, square, to_uint8
-from t2i.costs import stage_table
+from t2i.costs import activation_memory, stage_table
 from t2i.data import Standardizer, Statistics, merge_moments, moments
 from t2i.diffusion import SCHEDULES, Diffusion, PerfectDenoiser
 from t2i.guidance import classifier_guidance
+from t2i.image_guidance import decay_table, x_0_guidance
 from t2i.sampling import SAMPLERS, sample
 from t2i.train import batch_indices, learning_rate_factor
+from t2i.translator import Translator
 from t2i.unet import Attention, ResBlock, UNet
 
 seeds = st.integers(0, 2**31)
@@ -367,3 +370,81 @@ def test_a_needle_keeps_a_pixel():
 def test_the_digest_of_statistics_tells_means_and_deviations():
     def of(mean, std): return Statistics(Standardizer(torch.full((4,), mean), torch.full((4,), std))).digest()
     assert len({of(0., 1.), of(1., 1.), of(0., 2.)}) == 3 and of(0., 1.) == of(0., 1.)
+
+
+def test_the_pull_on_the_image_fades_with_the_timestep_whatever_the_number_of_steps():
+    d, x = Diffusion().respace([0, 899]), torch.zeros(1, 3, 2, 2)
+    pulled, _ = x_0_guidance(lambda x, t: (x, None), d, x + 1, 1.)(x, torch.tensor([1]))
+    assert pulled.unique().item() == pytest.approx(0.899)
+
+
+def test_the_cosine_decay_goes_from_nothing_to_all():
+    d = decay_table('cosine', 100)
+    assert d[0] == 0 and d[50] == pytest.approx(0.5) and (d.diff() > 0).all()
+
+
+def test_a_decay_above_one_is_refused():
+    with pytest.raises(ValueError, match='from 0 to 1'): decay_table(lambda time: 2*time, 10)
+
+
+def test_both_linear_maps_of_a_translators_layer_have_dropout():
+    assert [m.p for m in Translator(8, width=8, layers=2, dropout=0.3).modules() if isinstance(m, torch.nn.Dropout)] == [0.3]*4
+
+
+def test_concepts_of_different_sizes_count_with_their_sizes():
+    assert hit_rates(np.ones(5, int), 'aaaab')['±'] == 0
+
+
+def test_only_emoji_of_the_same_style_are_candidates():
+    table, asked = pd.DataFrame({'style': ['fluent', 'noto', 'noto', 'noto']}), pd.DataFrame([('r', 'noto', 1, 2, 3)], columns=['relation', 'style', 'a', 'b', 'c'])
+    embeddings = torch.tensor([[1., 0.], [0., 1.], [0., -1.], [1., 0.1]])
+    assert ranks(table, asked, embeddings[:1], embeddings).tolist() == [1]
+
+
+def test_weights_of_a_composition_sum_to_one():
+    asked = pd.DataFrame([('r', 'noto', 0, 1, 2)], columns=['relation', 'style', 'a', 'b', 'c'])
+    assert combine(asked, torch.eye(4)).tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_memory_without_checkpointing_is_counted_for_a_network_that_has_it():
+    plain, checkpointed = (UNet(16, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_heads=1, embedding_size=8, gradient_checkpointing=on) for on in (False, True))
+    assert activation_memory(checkpointed) == activation_memory(plain)
+
+
+def test_memory_is_counted_as_under_autocast():
+    model = UNet(16, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_heads=1, embedding_size=8)
+    assert activation_memory(model) == activation_memory(model, torch.bfloat16) < activation_memory(model, torch.float32)
+
+
+@torch.no_grad()
+def test_a_width_that_four_does_not_divide_takes_the_literal_sum():
+    layer, x = Conv3x3(96, 96), torch.randn(1, 96, 8, 10)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_layer_learns_though_its_input_does_not():
+    layer, x = Conv3x3(96, 96), torch.randn(1, 96, 8, 8)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.any()
+
+
+def test_a_wide_layer_keeps_the_precision_of_autocast():
+    layer, x = Conv3x3(96, 96), torch.randn(1, 96, 8, 8)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+def test_the_shorter_side_of_a_picture_is_rounded():
+    assert fitted((100, 51), 64) == (64, 33)
+
+
+def test_a_recall_tells_pictures_from_captions():
+    images, texts = torch.tensor([[1., 0.], [0.8, 0.6]]), torch.eye(2)
+    assert recall(images, texts, ['a', 'b']) == {'image_to_text': 0.5, 'text_to_image': 1.}
+
+
+def test_what_clip_shrinks_is_smoothed(pipe, monkeypatch):
+    seen, size = [], pipe.clip.image_size
+    monkeypatch.setattr(pipe.clip.model, 'encode_image', lambda x: seen.append(x) or torch.zeros(1, 32))
+    noise = 2*torch.randint(2, (1, 3, 4*size, 4*size), generator=torch.Generator().manual_seed(0)) - 1.
+    pipe.clip.encode_pixels(noise)
+    assert (seen[0]*pipe.clip.std + pipe.clip.mean).std() < 0.2

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import stand_ins
 from shell import says, shell
 from t2i.core import get_device, process_state, uses_bfloat16
-from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, sample_variants, table_5_1
+from t2i.data import load_emoji
+from t2i.experiments import THESIS_TABLE, VARIANTS, draw_pairs, draw_variant, held_out, measure, sample_variants, table_5_1
 from t2i.pipeline import TextToImage, draw_to_folder, process_share
 from t2i.train import _Run
 
@@ -399,3 +400,37 @@ def test_all_of_a_pipeline_is_saved_in_the_precision_that_was_asked_for(tmp_path
     TextToImage.from_preset('smoke', 'cpu').save_pretrained(tmp_path, torch.float16)
     for name in ('clip', 'translator', 'decoder'):
         assert {v.dtype for v in load_file(tmp_path/f'{name}.safetensors').values() if v.is_floating_point()} == {torch.float16}, name
+
+
+def test_the_kernel_distance_of_table_5_1_stands_before_its_error():
+    numbers = pd.DataFrame({'Full pipeline': dict(fid=1.1, kid=0.1, kid_std=0.01, precision=0.2, recall=0.3, n=8, n_real=8, features='f', clip_score=40., **{'is': 5.})}).T
+    assert table_5_1(numbers)['KID ↓'][0] == '0.1000 ± 0.0100'
+
+
+def test_all_held_out_pictures_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr('t2i.experiments.held_out', lambda data, seed: load_emoji('test', ['image', 'caption'])[:3])
+    assert len(draw_pairs(3)) == len(draw_pairs()) == 3
+
+
+def test_the_seed_of_the_numbers_is_that_of_every_row(monkeypatch):
+    seeds = []
+    monkeypatch.setattr('t2i.experiments.extract_features', lambda *_: None)
+    monkeypatch.setattr('t2i.experiments.evaluate', lambda pictures, real, features, seed, device: seeds.append(seed) or {})
+    monkeypatch.setattr('t2i.experiments.real_vs_real', lambda floor, features, seed, device: seeds.append(seed) or {})
+    monkeypatch.setattr('t2i.experiments.clip_score', lambda *_: np.ones(1))
+    measure({'a': []}, SimpleNamespace(images=[], captions=[]), None, None, seed=5)
+    assert seeds == [5, 5]
+
+
+def test_pictures_of_a_caption_come_together_in_a_folder(pipe, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr('t2i.pipeline.draw_to_folder', lambda pipe, captions, embed, *_, **__: given.append((captions, embed())) or [])
+    assert shell('generate', 'a red apple', 'a', '-n', 2, '--preset', 'smoke', '--seed', 1, '--device', 'cpu', '--out', tmp_path).exit_code == 0
+    (captions, y), = given
+    assert captions == ['a red apple']*2 + ['a']*2
+    torch.testing.assert_close(y, pipe.embed_captions(captions))
+
+
+def test_the_seed_of_a_sample_draws_its_captions(tmp_path):
+    assert shell('sample', tmp_path, '-n', 2, '--seed', 5, '--preset', 'smoke', '--steps', 1, '--device', 'cpu').exit_code == 0
+    assert json.loads((tmp_path/'full_pipeline_5/settings.json').read_text())['captions'] == draw_pairs(2, 5).captions

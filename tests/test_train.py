@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from runs import CONFIG, PRESET, TooLate, finish, kill_and_resume, prepared, start, stop, wait_for
+from shell import shell
 from t2i.core import Preset, compiles, load_into, load_preset, load_weights, make_generators, randn, save_weights
 from t2i.data import Standardizer, Statistics
 from t2i.decoder import DecoderTask, decode, draw_augmentation, make_decoder, make_diffusion
@@ -673,3 +674,11 @@ def test_the_optimizer_has_the_settings_of_its_stage_from_the_first_step_on(tmp_
     flat(tmp_path, SHORT | {'betas': (0.5, 0.9), 'weight_decay': 0.25, 'optimizer': 'adamw'})
     group, = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['optimizer']['param_groups']
     assert tuple(group['betas']) == (0.5, 0.9) and group['weight_decay'] == 0.25
+
+
+@pytest.mark.parametrize('stage', ['decoder', 'all'])
+def test_a_stage_alone_gets_all_of_the_time(stage, monkeypatch, tmp_path):
+    hours = {}
+    monkeypatch.setattr('t2i.cli.train_stage', lambda stage, preset, runs, given, *_: hours.update({stage: given}) or runs)
+    assert shell('train', stage, '--preset', 'smoke', '--hours', 1, '--device', 'cpu', '--out', tmp_path/'run').exit_code == 0
+    assert sum(hours.values()) == pytest.approx(1) and (stage == 'all' or hours == {'decoder': 1})

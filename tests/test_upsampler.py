@@ -560,3 +560,7 @@ def test_held_out_pictures_keep_their_embeddings(own, pairs):
     task.model.register_forward_pre_hook(lambda _, given, named: seen.append(named['y']), with_kwargs=True)
     task.validate(task.model.eval())
     assert seen[0][:, :4].any(1).all()
+
+
+def test_an_upsampler_moves_with_its_pipeline():
+    assert {p.device.type for p in TextToImage.from_preset('emoji', 'cpu').to('meta').upsampler.parameters()} == {'meta'}
