@@ -34,7 +34,7 @@ def trained(judge, changes, folder, steps):
 
 def measure(judge, n, blind, noise):
     "From real small pictures, and from drawn ones that are trusted (noise 0) or not."
-    pipe, real = judge.pipe, judge.real[:n]
+    real = judge.real[:n]
     embeddings = {'real': judge.none(n) if blind else None, 'drawn': judge.none(n) if blind else judge.embeddings[:n]}
     large = judge.enlarge('upsampler', judge.small[:n], embeddings=embeddings['real'], noise=0.)
     def fid(noise): return frechet_distance(extract_features(judge.enlarge('upsampler', judge.drawn[:n], embeddings=embeddings['drawn'], noise=noise), device='cpu').pooled, judge.seen[:n])

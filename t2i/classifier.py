@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints import find_checkpoint
-from .core import ASSETS, check_learned, fixed_seed, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
+from .core import ASSETS, check_learned, device_of, fixed_seed, from_uint8, get_device, load_into, load_preset, load_weights, make_generators, randint, randn
 from .data import decodable, emoji_pixels, load_emoji
 from .diffusion import Diffusion
 from .train import Task
@@ -122,7 +122,7 @@ class ClassifierTask(Task):
     def validate(self, model):
         "The loss on held-out pictures, always with the same noise."
         batch = self.batch(torch.arange(n := len(self.held_out[0])), make_generators(0, n), self.held_out)
-        device = next(model.parameters()).device
+        device = device_of(model)
         return {f'validation_{k}': v.item() for k, v in self.loss(model, [b.to(device) for b in batch]).items()}
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'classifier', 'classes': self.classes, **_process(self.preset)}

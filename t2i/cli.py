@@ -77,10 +77,9 @@ def _check_folder(folder: Optional[Path]):
 def _check_device(device: Optional[str]):
     "Refuse a device that cannot compute here."
     if device is None: return
-    try:
-        if get_device(device).type != 'cuda': torch.ones(1, device=device).item()  # a GPU is left alone until a command needs it
-    except ValueError as e: _say(str(e))  # that of `get_device`
-    except Exception: _say(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU")
+    try: chosen = get_device(device)
+    except ValueError as e: _say(str(e))
+    if chosen.type == 'meta': _say("the device 'meta' holds no numbers: take cpu, or cuda for a GPU")
     return device
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import ASSETS, autocast, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, save_weights, square, from_uint8
+from .core import ASSETS, autocast, device_of, fixed_seed, get_device, load_into, load_preset, load_weights, pil_pictures, save_weights, square, from_uint8
 from .colours import COLOURS, SHADES, coloured
 from .data import AROUND, STYLES, TONES, decodable, emoji_names, emoji_pattern, emoji_pixels, is_test_keyword, keyword_concepts, load_emoji, recoloured, typed_captions
 from .train import Task, mixed
@@ -444,9 +444,9 @@ class ClipTask(Task):
         loss = self.contrast(out['image_features'].float(), out['text_features'].float(), out['logit_scale'].float())
         return {'loss': loss, 'logit_scale': out['logit_scale'].detach()}
 
-    def validate(self, model):
-        clip = CLIP(model, self.clip.tokenize, self.clip.image_size, device=next(model.parameters()).device)
-        return {f'validation_{k}': v for k, v in clip_recall(clip, self.validation).items()}
+    def of(self, model) -> CLIP: return CLIP(model, self.clip.tokenize, self.clip.image_size, device=device_of(model))
+
+    def validate(self, model): return {f'validation_{k}': v for k, v in clip_recall(self.of(model), self.validation).items()}
 
     def metadata(self): return {'pieces': self.clip.tokenize.pieces, 'preset': self.preset.name, 'stage': 'clip'}
 
@@ -507,7 +507,7 @@ class TextTask(ClipTask):
         return losses | {'loss': losses['loss'] + KEEP*kept, 'kept': kept}
 
     def validate(self, model):
-        clip = CLIP(model, self.clip.tokenize, self.clip.image_size, device=next(model.parameters()).device)
+        clip = self.of(model)
         composed = {} if self.composed is None else {f'validation_composed_{k}': v for k, v in clip_recall(clip, self.composed).items()}
         return {**super().validate(model), 'validation_colour': colour_recall(clip, self.shades), **composed}
 

@@ -12,7 +12,7 @@ __all__ = ['PACKAGE', 'PRESETS', 'ASSETS', 'NETWORKS', 'OF_TRAINING', 'OF_UPSAMP
            'exhibit', 'exhibit_path', 'save_figure', 'table_markdown', 'save_table']
 
 # %% ../nbs/00_core.ipynb #8a74e6d9
-import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, sys, tempfile, warnings, zipfile
+import atexit, contextlib, ctypes, difflib, io, json, operator, os, pickle, re, secrets, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,11 +137,13 @@ def device_of(
 
 
 def get_device(device: 'str | torch.device | None' = None) -> torch.device:
-    "`device`, or the GPU if there is one, or the CPU; a `ValueError` if it is a CUDA GPU that this machine does not have, or that torch has no kernels for."
+    "`device`, or the GPU if there is one, or the CPU; a `ValueError` if torch cannot compute with it here, such as a GPU that this machine does not have, or that torch has no kernels for."
     chosen, n = device is None, torch.cuda.device_count()
-    try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"the device {device!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
+    try:
+        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if device.type != 'cuda': torch.ones(1, device=device)  # a GPU is left alone until it is needed
+    except Exception:  # each kind of device has its own
+        raise ValueError(f"the device {str(device)!r} is none that torch {torch.__version__} can compute with here: take cpu, or cuda for a GPU") from None
     # of several processes each has its own
     if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if device.type == 'cuda' and device.index >= n:
@@ -400,14 +402,13 @@ def atomic_path(path: 'str | Path'):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]  # a name may have 255 bytes
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{name}.', suffix=path.suffix if len(path.suffix) < 20 else '')
-    os.close(handle)
-    tmp = Path(tmp)
+    tmp = path.parent/f".{name}.{secrets.token_hex(4)}{path.suffix if len(path.suffix) < 20 else ''}"
+    tmp.touch(exist_ok=False)
+    mode = tmp.stat().st_mode
     try:
         yield tmp
         with open(tmp, 'r+b') as f: os.fsync(f.fileno())  # Windows syncs only what may be written
-        umask = os.umask(0); os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask)
+        os.chmod(tmp, mode)  # some writers put a file of their own in its place
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -536,7 +537,7 @@ def check_learned(
     for key, now in learned.items():
         if (was := metadata.get(key, now)) != now:
             raise ValueError(f"{source} is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key} in "
-                             f"its [diffusion] to {was!r}, or take other weights")
+                             f"its [diffusion], for an upsampler [upsampler.diffusion], to {was!r}, or take other weights")
 
 
 def load_into(

@@ -233,15 +233,15 @@ def split_emoji(table: pd.DataFrame, marks: tuple) -> pd.Series:
     sizes = pair.value_counts()
     styles = table.groupby('concept')['style'].agg(set).to_dict()
     candidates = sorted(set(pair[~duplicated]), key=lambda p: hash_fraction(f'test/{p}'))
-    test = set()
+    test, room = set(), N_TEST
     for p in candidates:
-        concept, style = p.rsplit('/', 1)
-        room = N_TEST - sum(sizes[q] for q in test)
         if not room: break
+        concept, style = p.rsplit('/', 1)
         left = styles[concept] - {style}
         if len(left) < 2 or sizes[p] > room: continue
         styles[concept] = left
         test.add(p)
+        room -= sizes[p]
     tested = {p.rsplit('/', 1)[0] for p in test}
     for_validation = {p for p in set(pair) - test if hash_fraction(f'validation/{p}') < VALIDATION}
     for p in sorted(for_validation):

@@ -247,7 +247,7 @@ class DecoderTask(Task):
         images, y = self.examples(self.held_out, self.held_out.spread(n))
         x_0 = from_uint8(images)
         draws = training_draws(self.diffusion, x_0, 0., 0)
-        device, parts = next(model.parameters()).device, []
+        device, parts = device_of(model), []
         for part in zip(*(v.split(64) for v in (x_0, y, *draws))):
             losses = decoder_loss(self.diffusion, model, *(p.to(device) for p in part))
             parts.append([len(part[0])*v.item() for v in losses.values()])

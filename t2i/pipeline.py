@@ -506,6 +506,7 @@ def _keep_settings(folder: Path, new: dict):
                          f"delete this one")
     old = read_settings(path) if path.is_file() else {}
     if not drawn: return save_json(path, new)  # settings without pictures are those of a run that failed
+    if old == new: return
     n = min(len(old['captions']), len(new['captions']))
     lists = 'captions', 'labels', 'made_of', 'seed'
     there, asked = ({k: v for k, v in flat(d | {k: dict(enumerate(d[k][:n])) for k in lists if isinstance(d.get(k), list)}).items()
@@ -563,8 +564,9 @@ def draw_to_folder(
     paths = [folder/f'{i:05}.png' for i in range(len(captions))]
     missing = [i for i in range(p, len(paths), n) if not paths[i].exists()]
     if not missing: return paths
+    own = {paths[i].stem for i in missing}
     for left in folder.glob('.[0-9]*.png'):  # by a killed run, in the middle of a picture of this process
-        if int(left.name[1:6]) in missing: left.unlink()
+        if left.name.split('.')[1] in own: left.unlink()
     y = embed()
     if len(y) != len(paths): raise ValueError(f"embed returned {len(y)} embeddings for {len(paths)} captions: give one for each")
     size = batch_size or pipe.preset.sampling.get('batch_size', 8)

@@ -317,8 +317,8 @@ def tar_shards(paths, class_captions=False) -> list:
     return shards
 
 
-def _read_class(folder, root, start, stop, name):
-    for e in _pictures_in(folder)[start:stop]: yield _captioned(Path(e.path).relative_to(root).as_posix(), Path(e.path), name)
+def _read_class(folder, files, root, name):
+    for file in files: yield _captioned((folder/file).relative_to(root).as_posix(), folder/file, name)
 
 
 def class_shards(root, class_captions=False) -> list:
@@ -331,7 +331,7 @@ def class_shards(root, class_captions=False) -> list:
             part = entries[i:i + PER_SHARD]
             shards.append(Shard(f"{_key(folder.relative_to(root).as_posix()).replace('/', '-')}-{i//PER_SHARD:05}",
                                 _signature([name, *((e.name, *_stat(e)[:1]) for e in part)]),
-                                partial(_read_class, folder, root, i, i + PER_SHARD, name)))
+                                partial(_read_class, folder, [e.name for e in part], root, name)))
     return shards
 
 
@@ -474,7 +474,7 @@ def _parse_line(line): return json.loads(line) if line.strip() else ''
 
 
 def _described(root, table):
-    "[(key, path, captions) or `Skipped`] for the pictures below `root`, each with its `.txt` or its rows of `table`; and for what names no picture."
+    "(path → directory entry of each picture below `root`; [(path, captions, or the path of its `.txt`), or `Skipped`], also for what names no picture)."
     entries = {e.path: e for folder in _folders(root) for e in _pictures_in(folder)}
     if table is None:
         texts = [p for folder in _folders(root) for p in folder.glob('[!.]*.txt')]

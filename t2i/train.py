@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'AHEAD', 'Task', 'step_generator', 'batch_indices', 'mi
            'ema_update', 'orthogonalize', 'Muon', 'Energy', 'Log', 'TrainConfig', 'make_config', 'check_hours', 'train']
 
 # %% ../nbs/lib/train.ipynb #d9a396db
-import contextlib, csv, functools, itertools, math, numbers, operator, os, signal, threading, time, warnings
+import contextlib, csv, functools, itertools, math, numbers, operator, os, shutil, signal, threading, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -608,7 +608,8 @@ class _Run:
             print(f"{self.out} has used up what it was given ({self.step:,} steps in {self.elapsed/3600:.2f} hours): nothing is left to "
                   f"train; give more, or name another folder")
         if self.main:
-            for stale in self.out.glob('.checkpoint.pt.*'): stale.unlink()
+            for name in ('checkpoint.pt', 'weights.safetensors', 'log.csv'):
+                for stale in self.out.glob(f'.{name}.*'): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         rows = Log.read(self.out/'log.csv')
         lowest = min((float(r['loss']) for r in rows if int(r['step']) <= self.step and r.get('loss')), default=math.inf)
         log, energy = Log(self.out, self.step) if self.main else None, Energy(gpus=self.gpus()) if self.accelerator.is_local_main_process else None

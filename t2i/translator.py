@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import fixed_seed, load_preset, randint
+from .core import device_of, fixed_seed, load_preset, randint
 from .data import PreparedDataset, Statistics
 from .train import Task, mixed
 
@@ -142,7 +142,7 @@ class TranslatorTask(Task):
         return self.pairs(self.held_out, indices, torch.zeros_like(indices))
 
     def validate(self, model):
-        device = next(model.parameters()).device
+        device = device_of(model)
         return translator_validation(model, *(v.to(device) for v in self.held_out_pairs))
 
     def metadata(self): return {'preset': self.preset.name, 'stage': 'translator', 'statistics': self.statistics.digest()}

@@ -11,11 +11,9 @@ __all__ = ['LEVEL_FEATURES', 'RELEASED_LABEL', 'Upsampler', 'condition', 'make_u
 import math, numbers
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .convolution import weights_stay
 from .core import OF_TRAINING, autocast, device_of, from_uint8, load_preset, make_generators, rand, randn, to_uint8
@@ -121,7 +119,6 @@ def super_resolve(
     steps: 'int | None' = None,  # how many timesteps to visit; None: all
     noise: float = 0.,  # deviation of the errors in the small pictures, for a model that has learned from noisy ones; 0 trusts every pixel
     batch_size: int = 8,  # pictures drawn at once; changes speed and memory, not the pictures
-    progress: bool = False,
 ) -> Tensor:  # [N, 3, S, S] in [-1, 1], on the CPU
     "Draw a large picture for each small one. The same generator draws the same picture, in a batch of any size."
     if model.training: raise ValueError("the upsampler is in training mode: call model.eval() first")
@@ -129,15 +126,14 @@ def super_resolve(
     diffusion = diffusion.respace(diffusion.timesteps if steps is None else steps)
     generators, device, shape = make_generators(generator, len(low_res)), device_of(model, low_res.device), (3, model.image_size, model.image_size)
     drawn = []
-    with torch.no_grad(), autocast(device), weights_stay(), tqdm(total=len(low_res), desc='upsampled', disable=not progress, leave=False) as bar:
+    with torch.no_grad(), autocast(device), weights_stay():
         for i in range(0, len(low_res), batch_size):
             part = slice(i, i + batch_size)
             small, c = low_res[part].to(device), y[part].to(device)
             x_T = randn(shape, generators[part], device)
             if model.embedding_size: c = condition(c, torch.full((len(c),), float(noise), device=device))
             denoiser = static_threshold(diffusion.denoiser(with_low_res(model, small, model.enlarge), y=c))
-            drawn.append(sample(sampler, denoiser, diffusion, x_T, generators[part], progress=progress).clamp(-1, 1).cpu())
-            bar.update(len(x_T))
+            drawn.append(sample(sampler, denoiser, diffusion, x_T, generators[part]).clamp(-1, 1).cpu())
     return torch.cat(drawn)
 
 # %% ../nbs/lib/upsampler.ipynb #ecb4ab1b
@@ -294,7 +290,7 @@ class UpsamplerTask(Task):
     def redraw(self, x_0, y, generators):
         "What the decoder makes of small pictures, drawn as the preset draws, from timesteps that are drawn at random."
         if not generators: return x_0
-        diffusion, device = make_diffusion(self.preset, sampling=True), next(self.decoder.parameters()).device
+        diffusion, device = make_diffusion(self.preset, sampling=True), device_of(self.decoder)
         low, high = self.redrawn_from
         t = diffusion.timesteps*(low + (high - low)*rand(generators))
         x_0, y, t, noise = (v.to(device) for v in (x_0, y, t.long(), randn(x_0.shape[1:], generators)))
@@ -320,7 +316,7 @@ class UpsamplerTask(Task):
 
     def validate(self, model, n=64):
         "The loss on crops of held-out pictures, always with the same noise, and the squared error of it and of the enlarged pictures themselves."
-        generators, device, totals = make_generators(0, min(n, len(self.held_out[1]))), next(model.parameters()).device, {}
+        generators, device, totals = make_generators(0, min(n, len(self.held_out[1]))), device_of(model), {}
         for i in torch.arange(len(generators)).split(16):
             part = [generators[k] for k in i]
             x_0, *rest = self.examples(self.held_out, i, part)

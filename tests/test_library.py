@@ -92,7 +92,7 @@ def test_image_guidance_for_another_number_of_steps(pipe):
 
 def test_a_guidance_of_ones_own(pipe):
     "It sees which pictures of the batch are drawn, and comes before the threshold."
-    size, levels, parts = pipe.decoder.image_size, torch.tensor([-1., 0., 0.5, 3.]).reshape(4, 1, 1, 1), []
+    levels, parts = torch.tensor([-1., 0., 0.5, 3.]).reshape(4, 1, 1, 1), []
     def guide(denoiser, diffusion, part):
         parts.append((part.start, diffusion.timesteps))
         return lambda x_t, t: (levels[part].expand_as(x_t), denoiser(x_t, t)[1])
@@ -550,3 +550,14 @@ def test_pictures_a_little_too_narrow_for_a_grid_are_enlarged():
 def test_the_left_of_a_pair_is_on_the_left():
     shown = show_pairs([Image.new('RGB', (8, 8), 'red')], [Image.new('RGB', (8, 8), 'blue')]).axes[0].images[0].get_array()
     assert tuple(shown[0, 0][:3]) == (255, 0, 0) and tuple(shown[0, -1][:3]) == (0, 0, 255)
+
+
+def test_half_written_pictures_of_others_stay(pipe, tmp_path):
+    for name in ('.00001.png.ab.png', '.00002.png.ab.png', '.1x.png'): (tmp_path/name).touch()
+    draw_to_folder(pipe, ['a', 'b'], lambda: torch.zeros(2, 32), tmp_path, 0, num_inference_steps=1)
+    assert sorted(p.name for p in tmp_path.glob('.*')) == ['.00002.png.ab.png', '.1x.png']
+
+
+def test_a_device_that_is_not_there_is_told_by_the_library_too():
+    for device in ('mps', 'abacus'):
+        with pytest.raises(ValueError, match=f"{device}.*take cpu"): TextToImage.from_preset('smoke', device)

@@ -589,3 +589,12 @@ def test_a_caption_that_is_given_twice_counts_once(tmp_path):
     (tmp_path/'captions.csv').write_text('file,caption\na.png,a cat\na.png,a cat\na.png,my cat\n')
     sample, = [sample for shard in find_shards(tmp_path) for sample in shard]
     assert sample.captions == ('a cat', 'my cat')
+
+
+def test_pictures_that_come_later_move_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2i.readers.PER_SHARD', 2)
+    (tmp_path/'cats').mkdir()
+    for name in 'bcdef': Image.new('RGB', (8, 8)).save(tmp_path/f'cats/{name}.png')
+    shards = find_shards(tmp_path)
+    Image.new('RGB', (8, 8)).save(tmp_path/'cats/a.png')
+    assert [[sample.key for sample in shard] for shard in shards] == [['cats/b.png', 'cats/c.png'], ['cats/d.png', 'cats/e.png'], ['cats/f.png']]

@@ -682,3 +682,12 @@ def test_a_stage_alone_gets_all_of_the_time(stage, monkeypatch, tmp_path):
     monkeypatch.setattr('t2i.cli.train_stage', lambda stage, preset, runs, given, *_: hours.update({stage: given}) or runs)
     assert shell('train', stage, '--preset', 'smoke', '--hours', 1, '--device', 'cpu', '--out', tmp_path/'run').exit_code == 0
     assert sum(hours.values()) == pytest.approx(1) and (stage == 'all' or hours == {'decoder': 1})
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path):
+    folder = tmp_path/'.weights.safetensors.ab.safetensors.cd'
+    folder.mkdir()
+    left = [tmp_path/'.checkpoint.pt.ab.pt', tmp_path/'.weights.safetensors.ab.safetensors', folder/'whole', tmp_path/'.log.csv.ab.csv']
+    for path in left: path.touch()
+    flat(tmp_path, SHORT)
+    assert not any(path.exists() for path in [*left, folder])
