@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,9 +23,10 @@ import rival
 import speed
 import steps
 import tuning
-from t2i.benchmarks import speed_tables
+from t2i.benchmarks import speed_column, speed_tables
 from t2i.core import load_preset, make_generators, randn
 from t2i.costs import stage_table
+from t2i.data import load_emoji
 from t2i.decoder import decode, guided_denoiser, make_decoder
 from t2i.diffusion import Diffusion
 from t2i.experiments import REAL, VARIANTS, draw_pairs
@@ -237,3 +239,34 @@ def test_candidates_run_in_turn_until_the_time_is_over():
 def test_a_product_has_two_operations_for_each_of_its_terms_and_a_copy_reads_and_writes(monkeypatch):
     monkeypatch.setattr(measure, 'alternate', lambda runs, *_: {name: [0.5] for name in runs})
     assert measure.matmul_rate('cpu') == 2*1024**3/0.5 and measure.copy_rate('cpu') == 2*4*2**25/0.5
+
+
+def test_a_picture_is_timed_with_the_steps_of_its_preset():
+    "Those that it has now, also where it had others when it was measured."
+    row, steps = {'seconds': 0.1, 'runs': [0.1, 0.1]}, load_preset('emoji').sampling.steps
+    sampling = {'candidates': {'ours': row, 'baseline': row}, 'default_steps': steps + 1}
+    column = speed_column({'machine': {'sampling': {}}, 'sampling': sampling}, 'emoji', 'ours')
+    assert column[f'picture in {steps} steps'] == f'{0.1*steps:.2f} s'
+
+
+def test_a_ratio_is_the_median_over_the_rounds():
+    assert measure.compare({'ours': [1., 1., 1.], 'theirs': [2., 2., 20.]}, 'ours')['theirs']['ratio'] == 2
+
+
+def test_the_first_caption_may_be_right_in_concept_or_style_alone():
+    held = load_emoji('test').drop_duplicates(['concept', 'style']).drop_duplicates('caption')
+    whole = list(load_emoji('test').caption)
+    wanted = held.iloc[0]
+    concept, style = held[(held.concept == wanted.concept) & (held['style'] != wanted['style'])].iloc[0], held[(held.concept != wanted.concept) & (held['style'] == wanted['style'])].iloc[0]
+    class Sees:
+        def encode_images(self, pictures, normalize): return torch.eye(len(whole))[[whole.index(seen.caption) for seen in (concept, style)]]
+        def encode_captions(self, captions, normalize): return torch.eye(len(whole))
+    found = caption_ranks(Sees(), np.zeros((2, 8, 8, 3), np.uint8), [wanted.caption]*2)
+    assert found.concept.tolist() == [True, False] and found['style'].tolist() == [False, True]
+
+
+def test_what_is_known_of_training_pictures_is_of_those_and_names_them(tmp_path):
+    few = TrainingPictures('cpu', limit=12, cache=tmp_path/'known.safetensors')
+    near = few.nearest(few.pictures[:12])
+    assert near.concept.tolist() == few.table.concept.tolist() and near['style'].tolist() == few.table['style'].tolist()
+    with pytest.raises(ValueError, match='of other pictures than the training set: delete it'): TrainingPictures('cpu', limit=11, cache=tmp_path/'known.safetensors')

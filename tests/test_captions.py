@@ -125,3 +125,17 @@ def test_neighbours_are_of_the_concepts_that_are_asked_for():
     first = emoji_pixels(table)[0]
     def encode_images(pixels, normalize): return torch.eye(2)[[1]] if len(pixels) == 1 and (pixels[0] == first).all() else torch.eye(2)[:len(pixels)]
     assert neighbour_recall(SimpleNamespace(encode_images=encode_images), table, training) == {'nearest': 1., 'average': 1.}
+
+
+def test_the_average_neighbour_is_that_of_all_pictures_of_a_concept():
+    "One picture that is very near does not stand for the others."
+    everything = load_emoji('train')
+    kept = everything[everything.concept.isin(everything.concept.value_counts().index[:2])].groupby('concept').head(3)
+    mine, other = (part for _, part in kept.groupby('concept'))
+    training, table = pd.concat([mine[1:], other[:2]]), pd.concat([mine[:1], other[2:3]])
+    angles = {k: a for k, a in zip([*table.key, *training.key], [0, 180, 60, 60, 0, 180])}  # of another concept one picture is the same
+    def encode(pixels, normalize):
+        keys = list(table.key) if len(pixels) == 2 else list(training.key)
+        a = torch.tensor([float(angles[k]) for k in keys]).deg2rad()
+        return torch.stack([a.cos(), a.sin()], 1)
+    assert neighbour_recall(SimpleNamespace(encode_images=encode), table, training)['average'] == 1

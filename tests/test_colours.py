@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from shell import shell
-from t2i import data
+from t2i import clip, data
 from t2i.clip import CLIP, TextTask, colour_recall
-from t2i.colours import COLOURS, colour_name, main_hue, turn_hue
+from t2i.colours import COLOURS, colour_name, coloured, main_hue, turn_hue
 from t2i.core import from_uint8, load_preset, load_weights
 from t2i.data import load_emoji, write_shards
 from t2i.train import step_generator, train
@@ -66,9 +66,12 @@ def test_only_the_text_encoder_learns(emoji, preset, tmp_path):
     assert log.validation_colour.dropna().between(0, 1).all() and log.validation_image_to_text.notna().any()
 
 
-def test_a_share_of_the_pairs_is_recoloured(emoji, preset):
+def test_a_share_of_the_pairs_is_recoloured(emoji, preset, monkeypatch):
     task, generators = TextTask(CLIP.from_preset('emoji', 'cpu'), preset, {'recoloured': emoji}), [step_generator(0, i) for i in range(8)]
+    changes, augment = [], clip.augment
+    monkeypatch.setattr('t2i.clip.augment', lambda x, generators, **changed: changes.append(changed) or augment(x, generators, **changed))
     x, tokens, which = task.batch(torch.arange(8), generators)
+    assert sorted(changes, key=len) == [{}, {'tint': 0.}]  # captions of recoloured pictures name the colour
     known, turned = ({tuple(t.tolist()) for t in pairs.tokens.flatten(0, 1)} for pairs in (task.pairs, task.invented['recoloured']))
     assert x.shape == (8, 3, 64, 64)
     assert 0 < which.sum() < 8  # some of each
@@ -123,3 +126,13 @@ def test_no_colour_has_no_name(): assert colour_name(math.nan) is None and colou
 def test_hues_turn_in_the_precision_of_the_pictures():
     x = torch.rand(2, 3, 4, 4, dtype=torch.float64)*2 - 1
     assert turn_hue(x, torch.tensor([0., 1.])).dtype == torch.float64 and torch.allclose(turn_hue(x, torch.zeros(2)), x)
+
+
+def test_dark_and_pale_pictures_have_no_one_colour():
+    def hue(*rgb): return main_hue(torch.tensor(rgb).reshape(1, 3, 1, 1)*2 - 1)
+    assert hue(0.8, 0.2, 0.2) == 0 and hue(0.3, 0., 0.).isnan(), 'dark red is brown'
+    assert hue(0.9, 0.75, 0.75).isnan(), 'pale red is nearly grey'
+
+
+def test_golden_things_and_rainbows_are_given_no_other_colour():
+    assert [coloured(words, 'blue') for words in ('gold medal', 'golden key', 'silver medal', 'rainbow', 'gray cat')] == [None]*5

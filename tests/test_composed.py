@@ -146,3 +146,27 @@ def test_glasses_sit_lower_on_animals(monkeypatch):
     monkeypatch.setattr(module, 'put_together', lambda way, *others: ways.append(way) or put(way, *others))
     composed(table[table.subgroup == 'cat-face'], table, 20)
     assert {way for way in ways if way.startswith('eyes')} == {'eyes of an animal'}
+
+
+def test_faces_that_wear_something_get_nothing_more():
+    table = load_emoji('train')
+    wearing = table[table.name.isin(['face with medical mask'])]
+    assert set(composed(wearing, table[table.name.isin(['sunglasses', 'glasses', 'crown', 'top hat'])], 10).way) == {'side'}  # of things
+
+
+def test_nothing_is_put_beside_itself():
+    grapes = load_emoji('train').query("name == 'grapes'")
+    assert len(grapes) and not len(composed(grapes, grapes, 5))
+
+
+def test_hats_and_glasses_are_worn_and_not_held():
+    table = load_emoji('train')
+    added = table[table.name.isin([*HATS, *GLASSES])]
+    assert 'corner' not in set(composed(table, added, 30).get('way', []))
+
+
+def test_what_is_added_moves_a_little_from_picture_to_picture(monkeypatch):
+    table, put, places = load_emoji('train'), module.put_together, []
+    monkeypatch.setattr(module, 'put_together', lambda way, a, b, vary=(0.5, 0.5): places.append(tuple(vary)) or put(way, a, b, vary))
+    module.composed(table, table, 10)
+    assert len(set(places)) == 10

@@ -20,7 +20,7 @@ from t2i.data import Statistics, decodable, find_picture, load_emoji
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
 from t2i.experiments import VARIANTS, Pairs, draw_variant
-from t2i.guidance import classifier_free, classifier_guidance, clip_guidance
+from t2i.guidance import classifier_free, classifier_guidance, clip_guidance, dynamic_threshold, objective_guidance
 from t2i.image_guidance import image_guidance
 from t2i.metrics import clip_score, extract_features, frechet_distance, kernel_distance, precision_recall
 from t2i.pipeline import TextToImage, draw_to_folder
@@ -561,3 +561,29 @@ def test_half_written_pictures_of_others_stay(pipe, tmp_path):
 def test_a_device_that_is_not_there_is_told_by_the_library_too():
     for device in ('mps', 'abacus'):
         with pytest.raises(ValueError, match=f"{device}.*take cpu"): TextToImage.from_preset('smoke', device)
+
+
+def test_one_damaged_picture_among_others_is_told():
+    x_T = torch.zeros(2, 1, 2, 2)
+    def denoiser(x, t): return torch.where(torch.arange(2)[:, None, None, None] == 1, torch.nan, x), x
+    with pytest.raises(FloatingPointError): sample('ddim', denoiser, Diffusion().respace(2), x_T)
+
+
+def test_noise_has_the_precision_of_the_pictures():
+    x_T = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    for name in ('ddpm', 'sde_dpm_solver_pp'):
+        assert all(s.x.dtype == x_T.dtype for s in SAMPLERS[name](lambda x, t: (x, x), Diffusion().respace(3), x_T, make_generators(0, 1))), name
+
+
+def test_a_percentile_above_a_hundred_is_refused():
+    for percentile in (0, 100.5, float('nan')):
+        with pytest.raises(ValueError, match='use a number above 0, up to 100'): dynamic_threshold(None, percentile)
+
+
+def test_objectives_and_classifiers_are_told_timesteps_of_the_full_process():
+    d, told = Diffusion().respace(10), []
+    def says(x, t):
+        told.append(t.tolist())
+        return x.flatten(1).sum(1)
+    for guidance in (objective_guidance, classifier_guidance): guidance(lambda x, t: (x, x), d, says, 1.)(torch.zeros(1, 1, 2, 2), torch.tensor([4]))
+    assert told == [[499], [499]]

@@ -5,11 +5,12 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from runs import finish, launch
 from shell import shell
 from t2i.checkpoints import load_statistics
-from t2i.core import ASSETS, Preset, load_preset, load_weights
+from t2i.core import ASSETS, Preset, load_preset, load_weights, save_weights
 from t2i.data import PreparedDataset
 from t2i.own_data import GENTLE, train_on
 from t2i.pipeline import TextToImage
@@ -175,3 +176,13 @@ def test_own_pictures_can_be_learned_from_scratch(tmp_path, monkeypatch):
     monkeypatch.setattr('t2i.own_data.train_on', lambda *_, **settings: given.update(settings) or tmp_path)
     assert shell('train', '--data', tmp_path, '--out', tmp_path/'run', '--scratch', '--seed', 3, '--device', 'cpu').exit_code == 0
     assert given['scratch'] is True and given['seed'] == 3
+
+
+def test_what_was_learned_from_own_pictures_is_kept_in_sixteen_bits(tmp_path, monkeypatch):
+    (tmp_path/'pictures').mkdir()
+    for i in range(40):
+        Image.new('RGB', (9, 9), (6*i, 0, 0)).save(tmp_path/f'pictures/{i}.png')
+        (tmp_path/f'pictures/{i}.txt').write_text('a red square')
+    monkeypatch.setattr('t2i.own_data.train', lambda task, config, out, **_: save_weights(out/'weights.safetensors', task.model.state_dict(), task.metadata()))
+    out = train_on(tmp_path/'pictures', tmp_path/'run', 'smoke', scratch=True, device='cpu', progress=False)
+    assert {v.dtype for v in load_file(out/'decoder.safetensors').values() if v.is_floating_point()} == {torch.float16}

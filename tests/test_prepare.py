@@ -441,3 +441,11 @@ def test_some_pictures_of_many_are_of_all_shards(tmp_path):
     assert shards.images(shards.spread(4))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert shards.text_embeddings(torch.tensor([0, 10]))[..., 0].tolist() == [[0, 1, 2], [0, 1, 0]]
     for name, shape in (('images', (0, 2, 2, 3)), ('image_embeddings', (0, 4)), ('text_embeddings', (0, 3, 4))): assert getattr(shards, name)(torch.tensor([], dtype=torch.long)).shape == shape
+
+
+def test_captions_of_pictures_that_were_left_out_are_counted(tmp_path):
+    raw = tmp_path/'raw'
+    raw.mkdir()
+    for i in range(40): Image.new('RGB', (8, 8), (i, 0, 0)).save(raw/f'{i}.png')
+    (raw/'t.jsonl').write_text(''.join(json.dumps({'file': f'{i}.png', 'captions': ['a', ' ']}) + '\n' for i in range(40)))
+    assert prepare(Stub(), raw, tmp_path/'out', progress=False)['captions_dropped'] == 40

@@ -448,3 +448,10 @@ def test_what_clip_shrinks_is_smoothed(pipe, monkeypatch):
     noise = 2*torch.randint(2, (1, 3, 4*size, 4*size), generator=torch.Generator().manual_seed(0)) - 1.
     pipe.clip.encode_pixels(noise)
     assert (seen[0]*pipe.clip.std + pipe.clip.mean).std() < 0.2
+
+
+def test_what_is_left_in_the_noisiest_latent_is_counted_in_bits():
+    diffusion, x = Diffusion('linear', 1000).respace([300]), torch.tensor([[[[0.5]]]]).double()
+    a = diffusion.alphas_cumprod[0]
+    nats = torch.distributions.kl_divergence(torch.distributions.Normal(a.sqrt()*0.5, (1 - a).sqrt()), torch.distributions.Normal(0., 1.))
+    assert diffusion.prior_bits(x).item() == pytest.approx(nats.item()/np.log(2))

@@ -598,3 +598,37 @@ def test_pictures_that_come_later_move_no_others(tmp_path, monkeypatch):
     shards = find_shards(tmp_path)
     Image.new('RGB', (8, 8)).save(tmp_path/'cats/a.png')
     assert [[sample.key for sample in shard] for shard in shards] == [['cats/b.png', 'cats/c.png'], ['cats/d.png', 'cats/e.png'], ['cats/f.png']]
+
+
+def test_classes_with_other_names_are_read_again(tmp_path):
+    (tmp_path/'n01440764').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path/'n01440764/0.png')
+    def signatures(name):
+        (tmp_path/'LOC_synset_mapping.txt').write_text(f'n01440764 {name}\n')
+        return [s.signature for s in find_shards(tmp_path, class_captions=True)]
+    assert signatures('tench') == signatures('tench') != signatures('goldfish')
+
+
+def test_a_table_in_either_order_of_bytes_is_read(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    for encoding in ('utf-16-le', 'utf-16-be'):
+        (tmp_path/'t.csv').write_text('\ufefffile,caption\n0.png,a cat\n', encoding=encoding)
+        assert [s.captions for shard in find_shards(tmp_path) for s in shard] == [('a cat',)], encoding
+
+
+def test_hidden_texts_of_a_mac_are_no_captions(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    for name in ('0.txt', '._0.txt'): (tmp_path/name).write_text('a cat')
+    assert [s.key for shard in find_shards(tmp_path) for s in shard] == ['0.png']
+
+
+def test_a_name_of_a_column_may_have_a_semicolon(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    (tmp_path/'t.csv').write_text('file,caption,width;height\n0.png,a cat,8;8\n')
+    assert [s.captions for shard in find_shards(tmp_path) for s in shard] == [('a cat',)]
+
+
+def test_an_empty_column_gives_way_to_one_that_tells(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    (tmp_path/'t.jsonl').write_text('{"file": null, "file_name": "0.png", "caption": null, "text": "a cat"}\n')
+    assert [s.captions for shard in find_shards(tmp_path) for s in shard] == [('a cat',)]

@@ -13,7 +13,7 @@ from t2i.core import Preset, compiles, load_into, load_preset, load_weights, mak
 from t2i.data import Standardizer, Statistics
 from t2i.decoder import DecoderTask, decode, draw_augmentation, make_decoder, make_diffusion
 from t2i.train import Energy, Log, Task, TrainConfig, _Run, ema_rate, train
-from t2i.translator import TranslatorTask, make_translator, translator_validation
+from t2i.translator import Translator, TranslatorTask, make_translator, translator_validation
 
 
 @pytest.fixture(scope='module')
@@ -691,3 +691,9 @@ def test_what_a_kill_left_half_written_is_cleared_away(tmp_path):
     for path in left: path.touch()
     flat(tmp_path, SHORT)
     assert not any(path.exists() for path in [*left, folder])
+
+
+def test_the_seed_of_a_validation_draws_its_dropout_masks():
+    model, pairs = Translator(8, width=8, layers=2, dropout=0.5), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    first, second = (translator_validation(model, *pairs, seed=seed) for seed in (0, 1))
+    assert first['validation_loss_dropout'] != second['validation_loss_dropout'] and first['validation_loss'] == second['validation_loss']
