@@ -268,7 +268,7 @@ def upsample_command(
     files: List[Path] = typer.Argument(..., help='Pictures, or folders of pictures; those larger than 64×64 pixels are enlarged in tiles, '
                                                  'smaller ones are brought to this size first.'),
     out: Path = typer.Option(..., help='Folder for the larger ones, PNG files under the same names; those that are '
-                                           'there are not made again.'),
+                                      'there are not made again.'),
     noise: float = typer.Option(0., help='How large the errors in the pictures are taken to be, as a standard deviation; 0 trusts every pixel.'),
     seed: int = typer.Option(0, **SEEDS, help='The same seed draws the same details.'),
     batch_size: Optional[int] = BATCH_SIZE,

@@ -444,9 +444,9 @@ class ClipTask(Task):
         loss = self.contrast(out['image_features'].float(), out['text_features'].float(), out['logit_scale'].float())
         return {'loss': loss, 'logit_scale': out['logit_scale'].detach()}
 
-    def of(self, model) -> CLIP: return CLIP(model, self.clip.tokenize, self.clip.image_size, device=device_of(model))
+    def clip_of(self, model) -> CLIP: return CLIP(model, self.clip.tokenize, self.clip.image_size, device=device_of(model))
 
-    def validate(self, model): return {f'validation_{k}': v for k, v in clip_recall(self.of(model), self.validation).items()}
+    def validate(self, model): return {f'validation_{k}': v for k, v in clip_recall(self.clip_of(model), self.validation).items()}
 
     def metadata(self): return {'pieces': self.clip.tokenize.pieces, 'preset': self.preset.name, 'stage': 'clip'}
 
@@ -507,7 +507,7 @@ class TextTask(ClipTask):
         return losses | {'loss': losses['loss'] + KEEP*kept, 'kept': kept}
 
     def validate(self, model):
-        clip = self.of(model)
+        clip = self.clip_of(model)
         composed = {} if self.composed is None else {f'validation_composed_{k}': v for k, v in clip_recall(clip, self.composed).items()}
         return {**super().validate(model), 'validation_colour': colour_recall(clip, self.shades), **composed}
 

@@ -26,7 +26,7 @@ from t2i import data
 from t2i.cli import _grid, _trained, app, main
 from t2i.checkpoints import check_clip, load_config, load_statistics
 from t2i.clip import CLIP, TextTask
-from t2i.core import ASSETS, PRESETS, Preset, image_seeds, load_preset, load_weights, save_json, save_weights
+from t2i.core import ASSETS, PRESETS, Preset, image_seeds, load_preset, load_weights, save_weights
 from t2i.data import load_emoji, prepare
 from t2i.decoder import DecoderTask, decoder_loss
 from t2i.diffusion import Diffusion
@@ -780,7 +780,7 @@ def test_the_process_is_kept_with_a_saved_pipeline(name, key, was, now, tmp_path
     config = json.loads((tmp_path/'config.json').read_text())
     (config if name == 'decoder' else config['upsampler'])['diffusion'][key] = now
     (tmp_path/'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{name}.safetensors is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key}"): TextToImage.from_pretrained(tmp_path, 'cpu')
+    with pytest.raises(ValueError, match=f"{name}.safetensors is of a network that was trained with the {key} {was!r}, and the preset's is {now!r}: set {key} .* \\[upsampler.diffusion\\]"): TextToImage.from_pretrained(tmp_path, 'cpu')
 
 
 def test_prepared_with_another_clip_than_the_presets(pipe, shards, tmp_path):
@@ -937,10 +937,3 @@ def test_a_run_does_not_go_on_with_other_statistics(shards, tmp_path, ship):
     before = (tmp_path/'run/decoder/checkpoint.pt').read_bytes()
     says(train('other'), 'has learned from embeddings that were standardised with other statistics', '--initial', alone=False)
     assert (tmp_path/'run/decoder/checkpoint.pt').read_bytes() == before and train('one').exit_code == 0
-
-
-def test_files_can_be_read_by_others(tmp_path):
-    before = os.umask(0o022)
-    try: save_json(tmp_path/'a.json', {})
-    finally: os.umask(before)
-    assert (tmp_path/'a.json').stat().st_mode & 0o777 == 0o644  # not the 600 of a temporary file

@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from t2i.classifier import ClassifierTask, NoisyClassifier
 from t2i.clip import CLIP
 from t2i.clip_algebra import rank_of
-from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_weights, table_markdown, to_uint8
+from t2i.core import from_uint8, load_preset, load_weights, make_generators, rand, randn, save_json, save_weights, table_markdown, to_uint8
 from t2i.data import Statistics, decodable, find_picture, load_emoji
 from t2i.decoder import decode, make_decoder, make_diffusion
 from t2i.diffusion import SCHEDULES, Diffusion
@@ -587,3 +588,10 @@ def test_objectives_and_classifiers_are_told_timesteps_of_the_full_process():
         return x.flatten(1).sum(1)
     for guidance in (objective_guidance, classifier_guidance): guidance(lambda x, t: (x, x), d, says, 1.)(torch.zeros(1, 1, 2, 2), torch.tensor([4]))
     assert told == [[499], [499]]
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try: save_json(tmp_path/'a.json', {})
+    finally: os.umask(before)
+    assert (tmp_path/'a.json').stat().st_mode & 0o777 == 0o644  # not the 600 of a temporary file

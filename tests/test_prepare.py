@@ -443,7 +443,7 @@ def test_some_pictures_of_many_are_of_all_shards(tmp_path):
     for name, shape in (('images', (0, 2, 2, 3)), ('image_embeddings', (0, 4)), ('text_embeddings', (0, 3, 4))): assert getattr(shards, name)(torch.tensor([], dtype=torch.long)).shape == shape
 
 
-def test_captions_of_pictures_that_were_left_out_are_counted(tmp_path):
+def test_captions_that_are_left_out_are_counted(tmp_path):
     raw = tmp_path/'raw'
     raw.mkdir()
     for i in range(40): Image.new('RGB', (8, 8), (i, 0, 0)).save(raw/f'{i}.png')

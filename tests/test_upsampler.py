@@ -511,6 +511,9 @@ def test_command_enlarges_the_pictures_of_a_folder(tmp_path):
     done = shell('upsample', tmp_path/'small', '--out', tmp_path/'large', '--device', 'cpu')
     assert done.exit_code == 0 and sorted(p.name for p in (tmp_path/'large').iterdir()) == ['a.png', 'b.png'], done.output
     says(shell('upsample', tmp_path/'small', '--out', tmp_path/'small'), 'would take the place of', 'b.png')
+    (tmp_path/'small/c.png').write_text('none')
+    says(shell('upsample', tmp_path/'small', '--out', tmp_path/'others'), 'c.png is damaged')
+    assert not (tmp_path/'others').exists()  # before the first is enlarged
 
 
 def test_command_goes_on_enlarging_where_it_was_stopped(tmp_path, monkeypatch):
